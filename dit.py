@@ -1,0 +1,165 @@
+"""The Diffusion Transformer, DiT: section 2.2 of the notes, figure 4 (Peebles & Xie 2023).
+
+No convolution. The image is cut into patches, each patch becomes a vector, a token, and the tokens
+look at one another through self-attention: any patch sees any other in a single step, near or far.
+Time and label steer every block through adaptive layer norm. On MNIST:
+
+    x (1, 32, 32) ── patchify ── 64 patches of 16 pixels ── Linear + position ── 64 tokens (64, dim)
+                                   t, y ── c ──>  DiTBlock × depth
+    u (1, 32, 32) ── the path's velocity towards z_hat (1, 32, 32) ── unpatchify ── Linear
+"""
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tinyflow import ConditionEmbedding, conditional_vector_field
+
+
+# ---- Patches and positions ---------------------------------------------------------------------
+
+def patchify(x, patch):
+    """Cut x (B, C, H, W) into patches, row by row: (B, N, C patch²), N = H/patch · W/patch."""
+    B, C, H, W = x.shape
+    x = x.reshape(B, C, H // patch, patch, W // patch, patch)
+    x = x.permute(0, 2, 4, 1, 3, 5)                        # (B, H/patch, W/patch, C, patch, patch)
+    return x.reshape(B, -1, C * patch * patch)             # (B, N, C patch²)
+
+
+def unpatchify(tokens, patch, shape):
+    """The exact inverse of patchify: (B, N, C patch²) -> (B, C, H, W), shape = (C, H, W)."""
+    C, H, W = shape
+    x = tokens.reshape(-1, H // patch, W // patch, C, patch, patch)
+    x = x.permute(0, 3, 1, 4, 2, 5)                        # (B, C, H/patch, patch, W/patch, patch)
+    return x.reshape(-1, C, H, W)
+
+
+def position_embedding(grid, dim):
+    """A fixed vector for each place on a grid x grid square, row by row: (grid², dim).
+
+    Half of it encodes the row and half the column, each as sines and cosines from fast to slow, so
+    that places close together have similar vectors (as in Attention Is All You Need, but in 2-D).
+    `dim` must be divisible by 4.
+    """
+    frequency = 10_000 ** -torch.linspace(0, 1, dim // 4)              # 1 … 1/10000 rad a patch
+    angle = torch.arange(grid)[:, None] * frequency                    # (grid, dim/4)
+    line = torch.cat([angle.sin(), angle.cos()], dim=1)                # (grid, dim/2)
+    row = line[:, None].expand(grid, grid, -1)                         # (grid, grid, dim/2)
+    column = line[None, :].expand(grid, grid, -1)                      # (grid, grid, dim/2)
+    return torch.cat([row, column], dim=2).reshape(grid * grid, dim)
+
+
+# ---- Self-attention ----------------------------------------------------------------------------
+
+class SelfAttention(nn.Module):
+    """softmax(Q K^T / √d) V with several heads, on tokens x (B, N, dim); the result is like x."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f'dim must be divisible by heads, got dim {dim} and {heads} heads')
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, dim = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                           # 3 × (B, heads, N, d)
+        # How much token i listens to token j. Dot products of d numbers grow like √d; divided by
+        # it they stay near 1, where the softmax still has a gradient.
+        scores = q @ k.transpose(-2, -1) / math.sqrt(dim // self.heads)     # (B, heads, N, N)
+        out = scores.softmax(dim=-1) @ v                               # (B, heads, N, d)
+        out = out.transpose(1, 2).reshape(B, N, dim)                   # heads side by side again
+        return self.proj(out)                                          # (B, N, dim)
+
+
+# ---- The adaLN-Zero block ----------------------------------------------------------------------
+
+def zero_linear(in_features, out_features):
+    """A linear layer that begins as zero."""
+    linear = nn.Linear(in_features, out_features)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def modulate(x, scale, shift):
+    """The affine map by which the condition speaks: x (B, N, dim), scale and shift (B, 1, dim)."""
+    return x * (1 + scale) + shift
+
+
+class DiTBlock(nn.Module):
+    """Attention, then an MLP, both modulated and gated by c: x (B, N, dim), c (B, dim) -> like x.
+
+    adaLN-Zero (Peebles & Xie 2023, section 3.2): layer norm whose scale and shift are not learned
+    numbers but functions of the condition, and a gate, another such function, on what is added.
+    """
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        # Without a scale and shift of its own: those come from c.
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.attention = SelfAttention(dim, heads)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, 4 * dim),
+            nn.GELU(approximate='tanh'),
+            nn.Linear(4 * dim, dim),
+        )
+        # Zero, so both gates are zero and a new block is the identity: a deep stack begins as a
+        # shallow one, signal and gradient pass it unharmed, and each block opens its gates only as
+        # far as it helps.
+        self.modulation = zero_linear(dim, 6 * dim)
+
+    def forward(self, x, c):
+        six = self.modulation(F.silu(c))[:, None].chunk(6, dim=-1)     # 6 × (B, 1, dim)
+        scale1, shift1, gate1, scale2, shift2, gate2 = six
+        x = x + gate1 * self.attention(modulate(self.norm(x), scale1, shift1))     # tokens talk
+        x = x + gate2 * self.mlp(modulate(self.norm(x), scale2, shift2))           # each thinks
+        return x
+
+
+# ---- The DiT -----------------------------------------------------------------------------------
+
+class DiT(nn.Module):
+    """u_t^θ(x, y) for images x (B, C, H, W), times t (B,) and labels y (B,); u is like x.
+
+    Raises ValueError if the image is not a square of whole patches, if dim is not divisible by 4,
+    or if it is not divisible by heads.
+    """
+
+    def __init__(self, shape=(1, 32, 32), patch=4, dim=128, depth=6, heads=4, num_classes=10):
+        super().__init__()
+        channels, height, width = shape
+        if height != width or height % patch:
+            raise ValueError(f'a square image with a side divisible by {patch} (the patch) is '
+                             f'needed, got {height}x{width}')
+        if dim % 4:
+            raise ValueError(f'dim must be divisible by 4 for the position embedding, got {dim}')
+        self.shape = tuple(shape)
+        self.null_label = num_classes
+        self.patch = patch
+
+        self.condition = ConditionEmbedding(dim, num_classes)
+        self.first = nn.Linear(channels * patch ** 2, dim)
+        # Attention by itself does not know where a token is: shuffled, they would fare the same.
+        self.register_buffer('position', position_embedding(height // patch, dim))
+        self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
+        self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.last_modulation = zero_linear(dim, 2 * dim)
+        self.last = zero_linear(dim, channels * patch ** 2)
+
+    def forward(self, x, t, y):
+        c = self.condition(t, y)                                       # (B, dim)
+        h = self.first(patchify(x, self.patch)) + self.position        # (B, N, dim)
+        for block in self.blocks:
+            h = block(h, c)                                            # (B, N, dim)
+        scale, shift = self.last_modulation(F.silu(c))[:, None].chunk(2, dim=-1)   # 2 × (B, 1, dim)
+        h = self.last(modulate(self.last_norm(h), scale, shift))       # (B, N, C patch²)
+        # The tokens name the clean image, not the velocity. u = z - ε holds all the noise, as many
+        # random numbers as pixels, which a few tokens would have to carry to the end; digits have
+        # few ways to be. And with z_hat, x gives the velocity: u_t^target(x|z_hat), section 1.1
+        # (Li & He 2025, Back to Basics: Let Denoising Generative Models Denoise).
+        z_hat = unpatchify(h, self.patch, self.shape)                  # (B, C, H, W)
+        return conditional_vector_field(x, z_hat, t)

@@ -1,0 +1,199 @@
+"""Conditional flow matching with classifier-free guidance: sections 1.1 and 1.2 of the notes.
+
+A flow turns noise into data. Time t runs from 0 to 1; a point X_t starts as pure noise,
+X_0 ~ p_init = N(0, I), follows a velocity field, dX_t = u_t(X_t|y) dt, and arrives as data,
+X_1 ~ p_data(·|y). The field is a neural network, u_t^θ(x, y), and this file is how it learns
+(`cfm_loss`) and how it draws (`sample`). The same letters stand for the same things everywhere:
+
+    z         a data point, z ~ p_data                                  (B, C, H, W)
+    noise     ε ~ N(0, I)                                               like z
+    y         its label, 0 … num_classes-1, or num_classes for ∅        (B,) int64
+    t         time, in [0, 1]                                           (B,)
+    x         X_t, a point on the way from noise to data                like z
+    u         a velocity; u_target is u_t^target(x|z)                   like z
+    w         the guidance scale: 0 unconditional, 1 conditional, above 1 guided
+
+A model is any nn.Module with forward(x, t, y) -> u and two attributes: `shape` = (C, H, W), and
+`null_label` = num_classes, the label that stands for ∅. Nothing else is asked of it: points in the
+plane, shape = (2,), will do as well as images.
+"""
+import math
+
+import torch
+from torch import nn
+
+
+# ---- 1.1  The probability path and its vector field --------------------------------------------
+
+def gaussian_path(t):
+    """The path p_t(x|z) = N(α_t z, β_t² I): its α, β and their time derivatives, each like t.
+
+    Any pair with α_0 = β_1 = 0 and α_1 = β_0 = 1 leads from noise to z. This is the straight one,
+    α_t = t and β_t = 1 - t. To try another, change this function: nothing else knows the path.
+    """
+    alpha, d_alpha = t, torch.ones_like(t)
+    beta, d_beta = 1 - t, -torch.ones_like(t)
+    return alpha, beta, d_alpha, d_beta
+
+
+def path_coefficients(t, x):
+    """`gaussian_path(t)`, each (B,) reshaped to (B, 1, …, 1), to be multiplied with x (B, …)."""
+    ones = [1] * (x.dim() - 1)
+    return [coefficient.reshape(-1, *ones) for coefficient in gaussian_path(t)]
+
+
+def conditional_path(z, noise, t):
+    """A point x ~ p_t(·|z) and its velocity u_t^target(x|z), both like z (section 1.1).
+
+    x moves along a curve from noise (t = 0) to z (t = 1); its velocity is the curve's derivative.
+    """
+    alpha, beta, d_alpha, d_beta = path_coefficients(t, z)
+    x = alpha * z + beta * noise                # x = α_t z + β_t ε, so that x ~ N(α_t z, β_t² I)
+    u_target = d_alpha * z + d_beta * noise     # d/dt x = α̇_t z + β̇_t ε; here z - ε
+    return x, u_target
+
+
+def conditional_vector_field(x, z, t):
+    """The notes' closed form of the same velocity, from x (B, …) and z alone; a tensor like x.
+
+    Solve x = α z + β ε for ε and put it into α̇ z + β̇ ε. On the straight path: (z - x) / (1 - t).
+    The division by β_t blows up at t = 1, where β_1 = 0; β is held above 0.05.
+    """
+    alpha, beta, d_alpha, d_beta = path_coefficients(t, x)
+    ratio = d_beta / beta.clamp(min=0.05)
+    return (d_alpha - ratio * alpha) * z + ratio * x    # (α̇_t - β̇_t/β_t α_t) z + β̇_t/β_t x
+
+
+# ---- 1.1  The guided loss ----------------------------------------------------------------------
+
+def drop_labels(y, null_label, p_drop):
+    """Each label of y (B,) becomes ∅ with probability p_drop, in a new tensor (section 1.2.2).
+
+    One network thus learns both fields: u_t^θ(x, y), and u_t^θ(x, ∅) from all classes together.
+    """
+    dropped = torch.rand(y.shape, device=y.device) < p_drop
+    return torch.where(dropped, null_label, y)
+
+
+def cfm_loss(model, z, y, p_drop=0.1):
+    """The loss to train with, a scalar, for data z (B, C, H, W) with labels y (B,) (section 1.1).
+
+    L_CFM^guided(θ) = E ‖u_t^θ(x, y) - u_t^target(x|z)‖², (z, y) ~ p_data, t ~ Unif, x ~ p_t(·|z).
+    The target belongs to one z; the best answer for a given (x, y) is its average over all z that
+    could have led there, and that average is the field u_t^target(x|y) that makes p_data(·|y).
+    Raises ValueError unless there is one label for each data point.
+    """
+    if len(z) != len(y):
+        raise ValueError(f'one label a data point: got {len(z)} points and {len(y)} labels')
+    # t ~ Unif[0, 1], one from each of B equal slices: the loss then jumps less from batch to batch.
+    t = (torch.randperm(len(z), device=z.device) + torch.rand(len(z), device=z.device)) / len(z)
+    noise = torch.randn_like(z)
+    x, u_target = conditional_path(z, noise, t)
+    u = model(x, t, drop_labels(y, model.null_label, p_drop))
+    return (u - u_target).square().mean()       # ‖·‖² divided by the dimension of z
+
+
+@torch.no_grad()
+def update_average(average, model, step):
+    """After each training step, move the weights of `average` a little towards those of `model`.
+
+    The weights jitter around a place that is better than any of those they visit: their exponential
+    moving average. It reaches back 1,000 steps; less at first, to forget the random start.
+    """
+    decay = min(0.999, (step + 1) / (step + 10))
+    for slow, fast in zip(average.parameters(), model.parameters()):
+        slow.lerp_(fast, 1 - decay)             # slow = decay · slow + (1 - decay) · fast
+
+
+# ---- 1.2  Classifier-free guidance -------------------------------------------------------------
+
+def guided_velocity(model, x, t, y, w):
+    """The guided field (1-w) u(x|∅) + w u(x|y), like x (section 1.2.1; Ho & Salimans 2022).
+
+    Written as u(x|∅) + w (u(x|y) - u(x|∅)) it says what w > 1 does: go on, past the conditional
+    field, in the direction that the label adds. Both halves go through the network as one batch
+    of 2B, which costs less than two of B; where w leaves one of them out, it is not computed.
+    """
+    null = torch.full_like(y, model.null_label)
+    if w == 1:
+        return model(x, t, y)
+    if w == 0:
+        return model(x, t, null)
+    both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, y]))   # (2B, C, H, W)
+    u_null, u_y = both.chunk(2)                                                # 2 × (B, C, H, W)
+    return u_null + w * (u_y - u_null)
+
+
+# ---- 1.2  Algorithm 1: sampling ----------------------------------------------------------------
+
+def euler(velocity, x, steps):
+    """Solve dX_t = velocity(X_t, t) dt from X_0 = x by Euler's method, in `steps` equal steps.
+
+    A generator: yields X_t, like x, at t = 0, 1/steps, …, 1. ValueError if there is no step.
+    """
+    if steps < 1:
+        raise ValueError(f'Euler needs at least 1 step, got {steps}')
+    yield x
+    for i in range(steps):
+        t = torch.full((len(x),), i / steps, device=x.device)
+        x = x + velocity(x, t) / steps          # X_{t+h} = X_t + h u_t(X_t), h = 1/steps
+        yield x
+
+
+@torch.no_grad()
+def sample(model, y, w=1.0, steps=50, noise=None):
+    """Algorithm 1: draw one z ~ p_data(·|y) for each label in y (B,); a tensor (B, C, H, W).
+
+    `noise`, X_0, defaults to fresh N(0, I) of model.shape. Raises ValueError for a label that the
+    model does not have.
+    """
+    # A tensor on the meta device has a shape but no values, so there is nothing to check.
+    if not y.is_meta and ((y < 0) | (y > model.null_label)).any():
+        raise ValueError(f'labels are 0 … {model.null_label} (the last is ∅), got {y.tolist()}')
+    if noise is None:
+        noise = torch.randn(len(y), *model.shape, device=y.device)     # 3: X_0 ~ p_init
+    for x in euler(lambda x, t: guided_velocity(model, x, t, y, w), noise, steps):
+        pass                                                           # 4: the guided ODE
+    return x
+
+
+# ---- The flow read backwards -------------------------------------------------------------------
+
+@torch.no_grad()
+def classify(model, z, draws=16):
+    """The label of each z (B, C, H, W) according to the flow, (B,): the one whose loss is lowest.
+
+    A network that draws threes must know a three when it sees one: with y = 3 it predicts the
+    velocity towards a three best. All labels face the same draws of t and noise, or the luck of
+    the draw would decide (Li et al. 2023, Your Diffusion Model is Secretly a Zero-Shot Classifier).
+    """
+    error = torch.zeros(len(z), model.null_label, device=z.device)     # (B, num_classes)
+    for i in range(draws):
+        t = (i + torch.rand(len(z), device=z.device)) / draws          # one from each slice, again
+        x, u_target = conditional_path(z, torch.randn_like(z), t)
+        for label in range(model.null_label):
+            y = torch.full((len(z),), label, device=z.device)
+            error[:, label] += (model(x, t, y) - u_target).square().flatten(1).sum(1)
+    return error.argmin(1)
+
+
+# ---- 2.1  How t and y reach a network ----------------------------------------------------------
+
+class ConditionEmbedding(nn.Module):
+    """(t, y) as one vector c (B, dim), which the networks inject into every block (section 2.1).
+
+    `dim` must be even. IndexError if a label is outside 0 … num_classes.
+    """
+
+    def __init__(self, dim, num_classes):
+        super().__init__()
+        # Waves from slow to fast, as in Attention Is All You Need: the slow ones tell early from
+        # late, the fast ones tell neighbours apart. A bare t would enter as one weak number.
+        self.register_buffer('frequencies', torch.logspace(0, 3, dim // 2))    # 1 … 1000 rad
+        self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.label = nn.Embedding(num_classes + 1, dim)    # ∅ is one more row, learned like a class
+
+    def forward(self, t, y):
+        angle = t[:, None] * self.frequencies                          # (B, dim/2)
+        waves = torch.cat([angle.cos(), angle.sin()], dim=1)           # (B, dim)
+        return self.time(waves) + self.label(y)                        # (B, dim)

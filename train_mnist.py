@@ -1,0 +1,310 @@
+"""tinyflow: handwritten digits on request, one lecture on conditional flow matching as code.
+
+    python train_mnist.py                      train the U-Net on 32x32 pixels      (section 2.1)
+    python train_mnist.py --model dit          train the DiT, a transformer, instead        (2.2)
+    python train_mnist.py --latent             train a VAE, then the flow in its latents    (2.3)
+    python train_mnist.py --prompt 31415926    draw these digits with the trained model
+
+The lecture in short. A flow carries noise X_0 ~ N(0, I) along dX_t = u_t(X_t|y) dt to an image X_1
+of the digit y. A network u_t^θ(x, y) learns the field by regression: mix an image z and noise ε to
+x = t z + (1-t) ε, and ask for z - ε (1.1). One label in ten is hidden, so that it also knows the
+field of digits in general; u(x|∅) + w (u(x|y) - u(x|∅)) then turns up what the label adds (1.2).
+"""
+import argparse, copy, math, os, pathlib, signal, struct, sys, time, zlib
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+
+from dit import DiT                                                        # section 2.2
+from tinyflow import cfm_loss, classify, euler, guided_velocity, sample, update_average    # 1
+from unet import UNet                                                      # section 2.1
+from vae import VAE, vae_loss                                              # section 2.3
+
+NETWORKS = {'unet': UNet, 'dit': DiT, 'vae': VAE}
+RUNS = {    # how each network is built, its passes over the data, and its learning rate at the peak
+    'unet': dict(arguments={}, epochs=3.0, lr=4e-3),                       # 32x32 pixels
+    'dit': dict(arguments={}, epochs=3.0, lr=3e-3),                        # 64 patches of 4x4
+    'unet_latent': dict(arguments=dict(shape=(4, 8, 8), patch=1), epochs=4.0, lr=4e-3),
+    'dit_latent': dict(arguments=dict(shape=(4, 8, 8), patch=2), epochs=4.0, lr=3e-3),
+    'vae': dict(arguments={}, epochs=1.5, lr=2e-3),                        # comes before those two
+}
+
+
+# ---- Data --------------------------------------------------------------------------------------
+
+def require(condition, message):
+    """ValueError(message), which `main` shows as one line, unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def load_mnist(path):
+    """(x_train, y_train, x_test, y_test) from an npz file laid out like data/mnist.npz.
+
+    x: uint8 (N, 1, 32, 32), the digit with a margin of 2, as 32 can be halved more often than 28;
+    y: int64 (N,), 0 … 9. Raises ValueError if the file is not there, damaged or different.
+    """
+    tensors = []
+    try:
+        with np.load(path, allow_pickle=False) as file:                    # arrays, never code
+            for part in ('train', 'test'):
+                x, y = file[f'x_{part}'], file[f'y_{part}']                # (N, 28, 28), (N,)
+                fits = x.dtype == np.uint8 and x.shape == (*y.shape, 28, 28)
+                require(fits and np.isin(y, range(10)).all(), f'{x.dtype} {x.shape}, {y.shape}')
+                x = pad(torch.from_numpy(x)[:, None], (2, 2, 2, 2))        # (N, 1, 32, 32)
+                tensors += [x, torch.from_numpy(y.astype(np.int64))]
+    except Exception as error:              # a damaged or foreign file fails in one of a dozen ways
+        raise ValueError(f'{path} does not hold digits like data/mnist.npz: {error}') from error
+    return tuple(tensors)
+
+
+def to_model(x):
+    """Pixels, uint8 0 … 255, as floats in [-1, 1], which is what a network sees."""
+    return x.float() / 127.5 - 1
+
+
+def to_pixels(x):
+    """Floats as pixels, uint8: the inverse of to_model, with what is outside [-1, 1] clamped."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+# ---- Files -------------------------------------------------------------------------------------
+
+def write_file(path, write):
+    """write(file) to a temporary file, then move it into place: no file is ever half written."""
+    temporary = f'{path}.tmp'
+    try:
+        with open(temporary, 'wb') as file:            # killed here, the old file is still whole
+            write(file)
+        os.replace(temporary, path)                    # at once, or not at all
+    except OSError as error:                                               # a full disk, say
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise OSError(f'cannot write {path}: {error.strerror}; what was there is kept') from error
+
+
+def image_grid(images, columns):
+    """Images (N, 1, H, W) uint8 as one picture (rows H, columns W) uint8, filled row by row."""
+    N, _, H, W = images.shape                                              # grey: one channel
+    rows = math.ceil(N / columns)                                          # the last may be short
+    grid = pad(images[:, 0], (0, 0, 0, 0, 0, rows * columns - N))          # black where none left
+    return grid.reshape(rows, columns, H, W).transpose(1, 2).reshape(rows * H, columns * W)
+
+
+def save_png(path, pixels):
+    """Write pixels (H, W) uint8 as a grey PNG file: a signature, then three chunks."""
+    def chunk(tag, data):
+        return struct.pack('>I', len(data)) + tag + data + struct.pack('>I', zlib.crc32(tag + data))
+    H, W = pixels.shape
+    header = chunk(b'IHDR', struct.pack('>IIBBBBB', W, H, 8, 0, 0, 0, 0))  # 8 bits, grey
+    rows = np.pad(np.asarray(pixels), ((0, 0), (1, 0))).tobytes()          # 0: row has no filter
+    body = header + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+    write_file(path, lambda file: file.write(b'\x89PNG\r\n\x1a\n' + body))
+
+
+def rebuild(state):
+    """The network that a checkpoint describes, in eval mode, with its averaged weights."""
+    sizes = np.hstack([1, *state['arguments'].values()])
+    require(sizes.min() > 0 and sizes.max() <= 1024, f'a network of sizes {sizes}')
+    with torch.device('meta'):                         # shapes without memory: a large one is free
+        network = NETWORKS[state['name'].removesuffix('_latent')](**state['arguments'])
+    network.load_state_dict(state['average'], assign=True)                 # refuses other shapes
+    return network.eval()
+
+
+def read_checkpoint(path, name=None):
+    """The dictionary in a checkpoint; ValueError if it is not there, damaged, or not of `name`."""
+    require(os.path.exists(path), f'{path} is not there: train first, without --prompt or --resume')
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)    # values, never code
+        for part in filter(None, (state, state['vae'])):
+            rebuild(part)                              # raises what there is to raise
+    except Exception as error:                                             # again, in a dozen ways
+        raise ValueError(f'{path} is damaged, or no checkpoint of this program: {error}') from error
+    require(name in (None, state['name']), f'{path} holds a {state["name"]}, not a {name}')
+    return state
+
+
+def load_checkpoint(path, device):
+    """(model, vae or None) from NAME.pt, ready to draw with; ValueError like read_checkpoint."""
+    state = read_checkpoint(path)
+    return rebuild(state).to(device), state['vae'] and rebuild(state['vae']).to(device)
+
+
+# ---- Training ----------------------------------------------------------------------------------
+
+def has_bfloat16(device):
+    """Whether the hardware multiplies in bfloat16, at two to four times the rate of float32."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = torch.cpu.get_capabilities() if device.type == 'cpu' else {}     # name: bool
+    return cpu.get('avx512_bf16', False) or cpu.get('amx_bf16', False)
+
+
+def show(line, passing=False):
+    """Print a line; on a terminal, the next one takes the place of a passing one."""
+    if sys.stdout.isatty():
+        width = os.get_terminal_size().columns - 1
+        line = '\r' + (line[:width] if passing else line).ljust(width)
+    print(line, end='' if passing and sys.stdout.isatty() else '\n', flush=True)
+
+
+def train(name, path, args, data, state=None, vae_state=None):
+    """Train the network `name`; `path` gets a checkpoint after each epoch (the VAE's: at the end).
+
+    `state` is the checkpoint to go on from, `vae_state` that of the VAE in whose latents to work.
+    Raises ValueError if training diverges; KeyboardInterrupt, once all is saved, after Ctrl-C.
+    """
+    x_train, y_train, x_test, y_test = data                                # see load_mnist
+    settings = {key: vars(args)[key] for key in ('epochs', 'batch_size', 'lr', 'seed', 'data')}
+    require(not state or state['settings'] == settings, f'{path} is of a run with other arguments')
+    loss_of = cfm_loss if name != 'vae' else lambda vae, x, y: vae_loss(vae, x, beta=1e-2)[0]
+    points, held_out = lambda index: to_model(x_train[index]), to_model(x_test[:1000])     # images
+    if vae_state:                                      # data points are latents, not images
+        vae = rebuild(vae_state).to(args.device)
+        points, held_out = vae.sampler(to_model(x_train)), vae.to_latent(held_out).detach()
+    torch.manual_seed(args.seed)                       # after the VAE, be it just trained or read
+    model = NETWORKS[name.removesuffix('_latent')](**args.arguments).to(args.device)   # u^θ
+    average = copy.deepcopy(model).eval().requires_grad_(False)            # see update_average
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))   # 0.99: for a short run
+    parts = dict(weights=model, average=average, optimizer=optimizer)      # what a checkpoint holds
+    per_epoch = len(x_train) // args.batch_size                            # steps
+    total, first, losses = max(1, round(args.epochs * per_epoch)), 0, []
+    if state:                                          # --resume: all as it was after that step
+        first = state['step']
+        torch.set_rng_state(state['rng'])              # the CPU's: with it, resuming is exact
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
+    interrupts = []         # Ctrl-C waits for the end of a step, since half a step can't be resumed
+    signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+    start = shown = time.monotonic()                   # in seconds
+    for step in range(first, total):
+        index = torch.randint(len(x_train), (args.batch_size,), device=args.device)        # (B,)
+        # The rate rises over the first twentieth, where a bold step would go anywhere, then falls
+        # along half a cosine to zero, so that the weights come to rest.
+        rise, fall = min(1, 20 * (step + 1) / total), (1 + math.cos(math.pi * step / total)) / 2
+        optimizer.param_groups[0]['lr'] = args.lr * rise * fall           # the group of all weights
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=has_bfloat16(args.device)):
+            loss = loss_of(model, points(index), y_train[index])           # (z, y) ~ p_data
+        optimizer.zero_grad()                                              # or they would add up
+        loss.backward()                                                    # ∇ of the loss by θ
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)     # no batch may go too far
+        require(math.isfinite(norm), f'step {step + 1}: the loss is {loss:g}; try a lower --lr')
+        optimizer.step()                                                   # with what is finite
+        update_average(average, model, step)                               # what will be drawn with
+        losses.append(loss.item())
+        now, done = time.monotonic(), step + 1
+        if done == total or now - shown > (0.2 if sys.stdout.isatty() else 10):    # now and then
+            shown, pace = now, (now - start) / (done - first)              # seconds a step
+            left = int(pace * (total - done))
+            show(f'{name}: epoch {done / per_epoch:.2f}, loss {np.mean(losses[-100:]):.4f}, '
+                 f'{args.batch_size / pace:.0f} img/s, {left // 60}:{left % 60:02} left', True)
+        if done == total or name != 'vae' and (interrupts or done % per_epoch == 0):
+            with torch.no_grad(), torch.random.fork_rng():                 # leaves training's draws
+                torch.manual_seed(0)                                       # these: always the same
+                loss = loss_of(average, held_out, y_test[:1000])
+                if name == 'vae':                                          # for unit variance
+                    average.latent_scale.copy_(average.to_latent(held_out).std())
+            saved = dict(name=name, arguments=args.arguments, vae=vae_state, settings=settings)
+            saved.update({key: part.state_dict() for key, part in parts.items()})
+            saved.update(step=done, rng=torch.get_rng_state())             # to go on from here
+            write_file(path, lambda file: torch.save(saved, file))
+            show(f'held-out loss {loss:.4f}, {path} written')
+        if interrupts:
+            raise KeyboardInterrupt                                        # now that all is saved
+
+
+@torch.no_grad()
+def draw(path, args, data=None):
+    """Draw with path.pt: the prompt, or (given data) guidance, the path and the VAE's work."""
+    model, vae = load_checkpoint(f'{path}.pt', args.device)
+    to_image = vae.to_image if vae else torch.clone    # pixels are images already
+
+    save = lambda file, x, columns: save_png(file, image_grid(to_pixels(x).cpu(), columns))
+    torch.manual_seed(args.seed)                       # the same noise in each row, for every w
+    y = torch.tensor([int(digit) for digit in args.prompt or '0123456789'], device=args.device)
+    noise = torch.randn(len(y), *model.shape, device=args.device)          # (B, C, H, W)
+    # The notes' figure 2 on digits: a row for each w, a column for each label, all from one noise.
+    rows = [to_image(sample(model, y, w, args.steps, noise)) for w in args.guidance]
+    picture = f'{path}_prompt.png' if args.prompt else f'{path}_guidance.png'
+    save(picture, torch.cat(rows), columns=len(y))
+    show(f'{picture}: a row for each w of {args.guidance}')
+    if args.prompt:
+        return
+    # X_t on its way from noise to data, at w = 2: a row for each label, a column for each time.
+    states = list(euler(lambda x, t: guided_velocity(model, x, t, y, 2.0), noise, args.steps))
+    states = [states[i] for i in torch.linspace(0, args.steps, 9).round().int()]
+    rows = torch.stack([to_image(x) for x in states], dim=1)               # (10, 9, 1, 32, 32)
+    save(f'{path}_path.png', rows.flatten(0, 1), columns=9)
+    x, y = to_model(data[2][:100]), data[3][:100]                          # held-out digits
+    z = vae.to_latent(x) if vae else x
+    if vae:                                            # digits above, reconstructions below
+        save(os.path.join(args.out, 'vae.png'), torch.cat([x[:10], vae.to_image(z[:10])]), 10)
+    right = (classify(model, z) == y).sum()
+    show(f'as a classifier, the flow reads {right} of {len(y)} held-out digits right')
+
+
+# ---- The command line --------------------------------------------------------------------------
+
+def run(args, name):
+    """Train, unless there is a prompt; then draw. ValueError for what makes no sense, at once."""
+    for key in ('epochs', 'batch_size', 'lr', 'steps'):                # nor is nan above 0
+        require(0 < vars(args)[key] < math.inf, f'--{key.replace("_", "-")} must be above 0')
+    require(all(map(math.isfinite, args.guidance)), f'--guidance: numbers, not {args.guidance}')
+    require(args.prompt != '' and not set(args.prompt or '') - set('0123456789'),
+            f'--prompt takes digits from 0 to 9, not {args.prompt!r}')
+    require(0 <= args.seed < 2 ** 63, f'--seed must be from 0 to 2^63 - 1, not {args.seed}')
+    args.device = torch.ones(1, device=args.device).device                 # fails if there is none
+    path, vae_path = os.path.join(args.out, name), os.path.join(args.out, 'vae.pt')
+    state = read_checkpoint(f'{path}.pt', name) if args.resume or args.prompt else None
+    data = None if args.prompt else [part.to(args.device) for part in load_mnist(args.data)]
+    os.makedirs(args.out, exist_ok=True)               # better to fail now than after the training
+    require(os.access(args.out, os.W_OK), f'--out {args.out} is a folder that cannot be written to')
+    if data:
+        require(args.batch_size <= len(data[0]), f'--batch-size: there are {len(data[0])} digits')
+        vae_state = state and state['vae']
+        if args.latent and not state:
+            if not os.path.exists(vae_path):           # once, for both networks
+                train('vae', vae_path, argparse.Namespace(**{**vars(args), **RUNS['vae']}), data)
+            vae_state = read_checkpoint(vae_path, 'vae')
+            require(vae_state['arguments'] == RUNS['vae']['arguments'], f'{vae_path} does not fit')
+        train(name, f'{path}.pt', args, data, state, vae_state)
+    draw(path, args, data)
+
+
+def main(argv=None):
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawTextHelpFormatter     # keeps the lines of __doc__ apart
+    best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.mps.is_available() else 'cpu'
+    add = parser.add_argument                          # what is None here is filled in below
+    add('--model', choices=('unet', 'dit'), default='unet', help='the network (%(default)s)')
+    add('--latent', action='store_true', help='run the flow in the latent space of a VAE')
+    add('--epochs', type=float, help='passes over the data, such as 0.5')
+    add('--batch-size', type=int, default=32, help='digits a step (%(default)s)')
+    add('--lr', type=float, help='learning rate at its peak')
+    add('--guidance', type=float, nargs='+', default=[0, 1, 2, 4], metavar='W', help='scales')
+    add('--steps', type=int, default=50, help='Euler steps of a drawing (%(default)s)')
+    add('--prompt', metavar='DIGITS', help='draw these digits; no training')
+    add('--seed', type=int, default=0, help='the same seed, the same files')
+    add('--device', default=best, help='cuda, mps or cpu (here: %(default)s)')
+    add('--data', default='data/mnist.npz', help='digits to learn (%(default)s)')
+    add('--out', default='out', help='folder to write to (%(default)s)')
+    add('--resume', action='store_true', help='go on with a run: the same command, and this')
+    args = parser.parse_args(argv)
+    name = args.model + '_latent' * args.latent
+    parser.set_defaults(**RUNS[name])                  # what was not said is as it suits this run
+    try:
+        run(parser.parse_args(argv), name)
+        return 0
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        print(f'train_mnist.py: {error}', file=sys.stderr)     # a line instead of a traceback
+        return 1
+    except KeyboardInterrupt:
+        print('stopped; to go on, the same command with --resume', file=sys.stderr)
+        return 130                                     # what a shell gives for Ctrl-C
+
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)      # end quietly when `| head` has had enough
+    sys.exit(main())

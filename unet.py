@@ -1,0 +1,141 @@
+"""The U-Net: section 2.1 of the notes, figure 3 (Ronneberger et al. 2015).
+
+A convolution sees 3x3 pixels, but a seven must look like a seven as a whole. So the encoder halves
+the image level by level, until few pixels, each with many channels, say what it shows; the decoder
+doubles it level by level, back to full size. What the halving throws away, where exactly the pen
+went, reaches the decoder by skip connections between equal levels. On MNIST, folded once:
+
+    x (1, 32, 32) ─ fold ─ (32, 16, 16) ─┬────────── skip ──────────┬─ (32, 16, 16) ─ unfold ─ u
+                              (64, 8, 8) ─┬──────── skip ────────┬─ (64, 8, 8)
+                                (128, 4, 4) ─┬──── skip ────┬─ (128, 4, 4)
+                                             └─ bottleneck ─┘
+"""
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tinyflow import ConditionEmbedding
+
+
+def group_norm(channels):
+    """Each image's channels to mean 0 and deviation 1, in up to 8 groups (Wu & He 2018).
+
+    Batch normalisation would let the images of a batch see one another. No learned scale and shift:
+    the condition brings them (or, where it does not, the convolution that follows).
+    """
+    return nn.GroupNorm(math.gcd(8, channels), channels, affine=False)
+
+
+# ---- The residual block ------------------------------------------------------------------------
+
+class ResidualBlock(nn.Module):
+    """x + two convolutions of x, with the condition c injected between them (section 2.1).
+
+    x: (B, in_channels, H, W) and c: (B, cond_dim) -> (B, out_channels, H, W).
+    """
+
+    def __init__(self, in_channels, out_channels, cond_dim):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.affine = nn.Linear(cond_dim, 2 * out_channels)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        # x itself passes by on the side; a 1x1 convolution only where the channels change.
+        same = in_channels == out_channels
+        self.side = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        # Zero, so that a new block hands x on unchanged: however many are stacked, the gradient
+        # reaches the first from the start, and each adds to x only what it has learned.
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x, c):
+        h = self.conv1(F.silu(self.norm1(x)))                      # (B, out_channels, H, W)
+        # The affine map: t and y set the gain and the offset of every channel, the same at all
+        # pixels. 1 + scale, so that a small weight changes little (Perez et al. 2018, FiLM).
+        affine = self.affine(F.silu(c))[:, :, None, None]          # (B, 2 out_channels, 1, 1)
+        scale, shift = affine.chunk(2, dim=1)                      # 2 × (B, out_channels, 1, 1)
+        h = (1 + scale) * self.norm2(h) + shift
+        h = self.conv2(F.silu(h))
+        return self.side(x) + h                                    # (B, out_channels, H, W)
+
+
+# ---- The U-Net ---------------------------------------------------------------------------------
+
+class UNet(nn.Module):
+    """u_t^θ(x, y) for images x (B, C, H, W), times t (B,) and labels y (B,); u is like x.
+
+    `widths` are the channels of each level, top to bottom. `patch` > 1 folds each patch x patch
+    square of pixels into channels first and unfolds it last. Raises ValueError if H or W cannot be
+    folded and then halved once between every two levels.
+    """
+
+    def __init__(self, shape=(1, 32, 32), widths=(32, 64, 128), num_classes=10, patch=2):
+        super().__init__()
+        channels, height, width = shape
+        unit = patch * 2 ** (len(widths) - 1)
+        if height % unit or width % unit:
+            raise ValueError(f'{len(widths)} levels and patch {patch} need a height and a width '
+                             f'divisible by {unit}, got {height}x{width}')
+        self.shape = tuple(shape)
+        self.null_label = num_classes
+        self.patch = patch
+
+        cond_dim = 4 * widths[0]
+        self.condition = ConditionEmbedding(cond_dim, num_classes)
+        # A quarter of the pixels with patch = 2, so all that follows is four times cheaper; the
+        # strokes, two or three pixels wide, are wide enough for the coarser grid.
+        self.first = nn.Conv2d(channels * patch ** 2, widths[0], 3, padding=1)
+
+        self.encoder = nn.ModuleList()
+        before = widths[0]
+        for after in widths:
+            self.encoder.append(ResidualBlock(before, after, cond_dim))
+            before = after
+        self.bottleneck = nn.ModuleList([
+            ResidualBlock(before, before, cond_dim),
+            ResidualBlock(before, before, cond_dim),
+        ])
+        self.up = nn.ModuleList()
+        self.decoder = nn.ModuleList()
+        for after in reversed(widths):
+            # On the way up a 1x1 convolution halves the channels, before the pixels double.
+            self.up.append(nn.Identity() if before == after else nn.Conv2d(before, after, 1))
+            # Twice the channels: what comes from below, and the skip from the encoder beside it.
+            self.decoder.append(ResidualBlock(2 * after, after, cond_dim))
+            before = after
+
+        self.last_norm = group_norm(before)
+        self.last = nn.Conv2d(before, channels * patch ** 2, 3, padding=1)
+        # Zero: a new network predicts u = 0, the best guess of one that knows nothing, and does
+        # not spend its first steps unlearning a random image.
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x, t, y):
+        c = self.condition(t, y)                                   # (B, cond_dim)
+        h = F.pixel_unshuffle(x, self.patch)                       # (B, C patch², H/patch, W/patch)
+        # The same numbers with the channels of a pixel side by side, as CPUs and GPUs like best.
+        h = h.contiguous(memory_format=torch.channels_last)
+        h = self.first(h)                                          # (B, widths[0], …)
+
+        skips = []
+        for level, block in enumerate(self.encoder):
+            if level > 0:
+                h = F.avg_pool2d(h, 2)                             # half the height and width
+            h = block(h, c)                                        # (B, widths[level], …)
+            skips.append(h)
+
+        for block in self.bottleneck:
+            h = block(h, c)                                        # (B, widths[-1], …)
+
+        for level, (up, block) in enumerate(zip(self.up, self.decoder)):
+            h = up(h)                                              # (B, channels of the skip, …)
+            if level > 0:
+                h = F.interpolate(h, scale_factor=2)               # twice the height and width
+            h = block(torch.cat([h, skips.pop()], dim=1), c)       # the deepest skip first
+
+        u = self.last(F.silu(self.last_norm(h)))                   # (B, C patch², …)
+        return F.pixel_shuffle(u, self.patch)                      # (B, C, H, W)

@@ -1,0 +1,130 @@
+"""The variational autoencoder (VAE) of latent diffusion: section 2.3 of the notes, figure 5.
+
+Most of an image's numbers are fine detail, and every step of the flow pays for them. So first a
+VAE is trained to squeeze each image x into a small latent, its encoder E (1, 32, 32) -> (4, 8, 8),
+and to paint the image back from it, its decoder D. After that the flow lives in the latent space:
+
+    data:      x ── E ──> latent / latent_scale = z, the data points of cfm_loss
+    samples:   noise ── sample ──> z̃ ── latent_scale · z̃ ── D ──> x̃
+
+A plain autoencoder would squeeze as well, but might scatter its latents anywhere. "Variational"
+keeps them together near N(0, I), each a small cloud instead of a point, so that what the flow
+draws between two latents decodes to a digit too (Kingma & Welling 2013; Rombach et al. 2022).
+"""
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+# ---- The posterior q(latent|x) = N(mean, exp(logvar) I) ----------------------------------------
+
+def reparameterize(mean, logvar):
+    """A sample of N(mean, exp(logvar)), like mean: the reparameterization trick.
+
+    A random draw has no gradient. Written as mean + σ ε the randomness is in ε alone, and the
+    gradient flows through mean and σ into the encoder (Kingma & Welling 2013, section 2.4).
+    """
+    sigma = (logvar / 2).exp()
+    return mean + sigma * torch.randn_like(mean)
+
+
+def kl_divergence(mean, logvar):
+    """KL(N(mean, exp(logvar)) ‖ N(0, I)) of each image, in nats: (B, …) -> (B,), closed form.
+
+    ½ Σ (mean² + σ² - 1 - log σ²) (Kingma & Welling 2013, appendix B): zero for N(0, I) itself.
+    """
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+
+
+# ---- The loss ----------------------------------------------------------------------------------
+
+def vae_loss(vae, x, beta):
+    """The negative ELBO for images x (B, C, H, W); returns (loss, reconstruction, kl), scalars.
+
+    The decoder is taken as a Gaussian around D(latent) with variance s² at every pixel. Then
+
+        -log p(x|latent) + KL  =  ‖x - D(latent)‖² / 2s² + KL + const,
+
+    and times 2s²/d, with d pixels, that is the mean squared error + beta · KL/d with beta = 2s².
+    So beta is the decoder's variance, but for the 2: how far off a pixel may be. A large one
+    allows a blurred image for a tidy latent space. Here it is small: only the decoder can put
+    sharp strokes back, and the flow copes with latents that are not quite N(0, I).
+    `reconstruction` is the mean squared error of a pixel, `kl` is in nats per image.
+    """
+    mean, logvar = vae.encode(x)
+    back = vae.decode(reparameterize(mean, logvar))
+    reconstruction = (x - back).square().mean()
+    kl = kl_divergence(mean, logvar).mean()
+    loss = reconstruction + beta * kl / x[0].numel()
+    return loss, reconstruction, kl
+
+
+# ---- The VAE -----------------------------------------------------------------------------------
+
+class VAE(nn.Module):
+    """Images (B, C, H, W) in [-1, 1] to latents (B, latent_channels, H/4, W/4) and back.
+
+    `width` is the number of channels at half the height and width. Raises ValueError if H or W is
+    not divisible by 4.
+    """
+
+    def __init__(self, shape=(1, 32, 32), latent_channels=4, width=32):
+        super().__init__()
+        channels, height, width_in_pixels = shape
+        if height % 4 or width_in_pixels % 4:
+            raise ValueError(f'the VAE halves an image twice: height and width must be divisible '
+                             f'by 4, got {height}x{width_in_pixels}')
+        self.shape = tuple(shape)
+        self.latent_shape = (latent_channels, height // 4, width_in_pixels // 4)
+        # Shapes for MNIST with the defaults, at the end of each line.
+        self.encoder = nn.Sequential(                                          # (1, 32, 32)
+            nn.Conv2d(channels, width, 4, stride=2, padding=1),                # (32, 16, 16)
+            nn.SiLU(),
+            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),               # (64, 8, 8)
+            nn.SiLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(2 * width, 2 * latent_channels, 1),                      # (8, 8, 8)
+        )
+        self.decoder = nn.Sequential(                                          # (4, 8, 8)
+            nn.Conv2d(latent_channels, 2 * width, 3, padding=1),               # (64, 8, 8)
+            nn.SiLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(2 * width, 4 * width, 3, padding=1),                     # (128, 8, 8)
+            nn.PixelShuffle(2),                                                # (32, 16, 16)
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, 4 * channels, 3, padding=1),                      # (4, 16, 16)
+            nn.PixelShuffle(2),                                                # (1, 32, 32)
+        )
+        self.register_buffer('latent_scale', torch.ones(()))
+
+    def encode(self, x):
+        """The posterior of each image: mean and logvar, both (B, latent_channels, H/4, W/4)."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.encoder(x).chunk(2, dim=1)
+
+    def decode(self, latent):
+        """The image of each latent (B, latent_channels, H/4, W/4): (B, C, H, W)."""
+        return self.decoder(latent.contiguous(memory_format=torch.channels_last))
+
+    @torch.no_grad()
+    def sampler(self, x):
+        """`to_latent` for a whole dataset x (N, C, H, W): a function from an index (B,) to z.
+
+        The encoder sees each image once. What is kept is its posterior, from which every batch
+        draws anew: a single draw would have the flow learn the noise in it.
+        """
+        posteriors = [self.encode(part) for part in x.split(1000)]
+        mean, logvar = [torch.cat(parts) for parts in zip(*posteriors)]        # 2 × (N, 4, 8, 8)
+        return lambda index: reparameterize(mean[index], logvar[index]) / self.latent_scale
+
+    def to_latent(self, x):
+        """A data point z for the flow from each image: a posterior sample of unit variance."""
+        return reparameterize(*self.encode(x)) / self.latent_scale
+
+    def to_image(self, z):
+        """The images of what the flow draws, the inverse of `to_latent`."""
+        return self.decode(z * self.latent_scale)
