@@ -10,7 +10,7 @@ of the digit y. A network u_t^θ(x, y) learns the field by regression: mix an im
 x = t z + (1-t) ε, and ask for z - ε (1.1). One label in ten is hidden, so that it also knows the
 field of digits in general; u(x|∅) + w (u(x|y) - u(x|∅)) then turns up what the label adds (1.2).
 """
-import argparse, copy, math, os, pathlib, signal, struct, sys, time, zlib
+import argparse, copy, io, math, os, pathlib, signal, struct, sys, time, zlib
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ from vae import VAE, vae_loss                                              # sec
 
 NETWORKS = {'unet': UNet, 'dit': DiT, 'vae': VAE}
 RUNS = {    # how each network is built, its passes over the data, and its learning rate at the peak
-    'unet': dict(arguments={}, epochs=3.0, lr=4e-3),                       # 32x32 pixels
-    'dit': dict(arguments={}, epochs=3.0, lr=3e-3),                        # 64 patches of 4x4
-    'unet_latent': dict(arguments=dict(shape=(4, 8, 8), patch=1), epochs=4.0, lr=4e-3),
+    'unet': dict(arguments={}, epochs=5.0, lr=6e-3),                       # 32x32 pixels
+    'dit': dict(arguments={}, epochs=5.0, lr=3e-3),                        # 64 patches of 4x4
+    'unet_latent': dict(arguments=dict(shape=(4, 8, 8), patch=1), epochs=4.0, lr=6e-3),
     'dit_latent': dict(arguments=dict(shape=(4, 8, 8), patch=2), epochs=4.0, lr=3e-3),
     'vae': dict(arguments={}, epochs=1.5, lr=2e-3),                        # comes before those two
 }
@@ -71,12 +71,12 @@ def to_pixels(x):
 
 # ---- Files -------------------------------------------------------------------------------------
 
-def write_file(path, write):
-    """write(file) to a temporary file, then move it into place: no file is ever half written."""
+def write_file(path, data):
+    """Write bytes to a temporary file, then move it into place: no file is ever half written."""
     temporary = f'{path}.tmp'
     try:
         with open(temporary, 'wb') as file:            # killed here, the old file is still whole
-            write(file)
+            file.write(data)
         os.replace(temporary, path)                    # at once, or not at all
     except OSError as error:                                               # a full disk, say
         pathlib.Path(temporary).unlink(missing_ok=True)
@@ -99,7 +99,7 @@ def save_png(path, pixels):
     header = chunk(b'IHDR', struct.pack('>IIBBBBB', W, H, 8, 0, 0, 0, 0))  # 8 bits, grey
     rows = np.pad(np.asarray(pixels), ((0, 0), (1, 0))).tobytes()          # 0: row has no filter
     body = header + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
-    write_file(path, lambda file: file.write(b'\x89PNG\r\n\x1a\n' + body))
+    write_file(path, b'\x89PNG\r\n\x1a\n' + body)
 
 
 def rebuild(state):
@@ -120,7 +120,7 @@ def read_checkpoint(path, name=None):
         for part in filter(None, (state, state['vae'])):
             rebuild(part)                              # raises what there is to raise
     except Exception as error:                                             # again, in a dozen ways
-        raise ValueError(f'{path} is damaged, or no checkpoint of this program: {error}') from error
+        raise ValueError(f'{path} is damaged, or no checkpoint of this program') from error
     require(name in (None, state['name']), f'{path} holds a {state["name"]}, not a {name}')
     return state
 
@@ -205,10 +205,11 @@ def train(name, path, args, data, state=None, vae_state=None):
                 loss = loss_of(average, held_out, y_test[:1000])
                 if name == 'vae':                                          # for unit variance
                     average.latent_scale.copy_(average.to_latent(held_out).std())
-            saved = dict(name=name, arguments=args.arguments, vae=vae_state, settings=settings)
+            saved = dict(name=name, arguments=args.arguments, vae=vae_state, settings=settings,
+                         step=done, rng=torch.get_rng_state())             # and to go on from here:
             saved.update({key: part.state_dict() for key, part in parts.items()})
-            saved.update(step=done, rng=torch.get_rng_state())             # to go on from here
-            write_file(path, lambda file: torch.save(saved, file))
+            torch.save(saved, buffer := io.BytesIO())
+            write_file(path, buffer.getvalue())
             show(f'held-out loss {loss:.4f}, {path} written')
         if interrupts:
             raise KeyboardInterrupt                                        # now that all is saved
@@ -228,9 +229,8 @@ def draw(path, args, data=None):
     rows = [to_image(sample(model, y, w, args.steps, noise)) for w in args.guidance]
     picture = f'{path}_prompt.png' if args.prompt else f'{path}_guidance.png'
     save(picture, torch.cat(rows), columns=len(y))
-    show(f'{picture}: a row for each w of {args.guidance}')
     if args.prompt:
-        return
+        return show(f'{picture}: a row for each w of {args.guidance}')
     # X_t on its way from noise to data, at w = 2: a row for each label, a column for each time.
     states = list(euler(lambda x, t: guided_velocity(model, x, t, y, 2.0), noise, args.steps))
     states = [states[i] for i in torch.linspace(0, args.steps, 9).round().int()]
@@ -298,7 +298,7 @@ def main(argv=None):
         run(parser.parse_args(argv), name)
         return 0
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        print(f'train_mnist.py: {error}', file=sys.stderr)     # a line instead of a traceback
+        print(f'train_mnist.py: {error}'.splitlines()[0], file=sys.stderr)     # and no traceback
         return 1
     except KeyboardInterrupt:
         print('stopped; to go on, the same command with --resume', file=sys.stderr)
