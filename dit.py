@@ -4,9 +4,9 @@ No convolution. The image is cut into patches, each patch becomes a vector, a to
 look at one another through self-attention: any patch sees any other in a single step, near or far.
 Time and label steer every block through adaptive layer norm. On MNIST:
 
-    x (1, 32, 32) ── patchify ── 64 patches of 16 pixels ── Linear + position ── 64 tokens (64, dim)
-                                   t, y ── c ──>  DiTBlock × depth
-    u (1, 32, 32) ── the path's velocity towards z_hat (1, 32, 32) ── unpatchify ── Linear
+    x (1, 32, 32) ── patchify ──> (64, 16) ── Linear, + position ──> 64 tokens (64, dim)
+    tokens, and c from t and y ── DiTBlock × depth ──> (64, dim) ── norm, Linear ──> (64, 16)
+    (64, 16) ── unpatchify ──> z_hat (1, 32, 32) ── with x and t ──> u (1, 32, 32)
 """
 import math
 
@@ -53,7 +53,7 @@ def position_embedding(grid, dim):
 # ---- Self-attention ----------------------------------------------------------------------------
 
 class SelfAttention(nn.Module):
-    """softmax(Q K^T / √d) V with several heads, on tokens x (B, N, dim); the result is like x."""
+    """softmax(Q K^T / √d) V in each head, d = dim/heads: tokens x (B, N, dim) -> like x."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -65,7 +65,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x):
         B, N, dim = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.heads, dim // self.heads)
+        qkv = self.qkv(x).reshape(B, N, 3, self.heads, dim // self.heads)   # (B, N, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                           # 3 × (B, heads, N, d)
         # How much token i listens to token j. Dot products of d numbers grow like √d; divided by
         # it they stay near 1, where the softmax still has a gradient.
@@ -143,12 +143,12 @@ class DiT(nn.Module):
 
         self.condition = ConditionEmbedding(dim, num_classes)
         self.first = nn.Linear(channels * patch ** 2, dim)
-        # Attention by itself does not know where a token is: shuffled, they would fare the same.
+        # Attention by itself does not know where a token is: shuffle them, and the results shuffle.
         self.register_buffer('position', position_embedding(height // patch, dim))
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = zero_linear(dim, 2 * dim)
-        self.last = zero_linear(dim, channels * patch ** 2)
+        self.last = zero_linear(dim, channels * patch ** 2)            # a new DiT says z_hat = 0
 
     def forward(self, x, t, y):
         c = self.condition(t, y)                                       # (B, dim)
@@ -157,9 +157,9 @@ class DiT(nn.Module):
             h = block(h, c)                                            # (B, N, dim)
         scale, shift = self.last_modulation(F.silu(c))[:, None].chunk(2, dim=-1)   # 2 × (B, 1, dim)
         h = self.last(modulate(self.last_norm(h), scale, shift))       # (B, N, C patch²)
-        # The tokens name the clean image, not the velocity. u = z - ε holds all the noise, as many
-        # random numbers as pixels, which a few tokens would have to carry to the end; digits have
-        # few ways to be. And with z_hat, x gives the velocity: u_t^target(x|z_hat), section 1.1
+        # The tokens name the clean image, not the velocity. Digits have few ways to be; u = z - ε
+        # holds the noise too, a random number a pixel, which every block would have to pass on.
+        # With x, z_hat gives the velocity all the same: u_t^target(x|z_hat), section 1.1
         # (Li & He 2025, Back to Basics: Let Denoising Generative Models Denoise).
         z_hat = unpatchify(h, self.patch, self.shape)                  # (B, C, H, W)
         return conditional_vector_field(x, z_hat, t)

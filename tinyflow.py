@@ -17,8 +17,6 @@ A model is any nn.Module with forward(x, t, y) -> u and two attributes: `shape` 
 `null_label` = num_classes, the label that stands for ∅. Nothing else is asked of it: points in the
 plane, shape = (2,), will do as well as images.
 """
-import math
-
 import torch
 from torch import nn
 
@@ -54,10 +52,11 @@ def conditional_path(z, noise, t):
 
 
 def conditional_vector_field(x, z, t):
-    """The notes' closed form of the same velocity, from x (B, …) and z alone; a tensor like x.
+    """The same velocity u_t^target(x|z) in closed form, from x (B, …) and z alone; like x.
 
     Solve x = α z + β ε for ε and put it into α̇ z + β̇ ε. On the straight path: (z - x) / (1 - t).
-    The division by β_t blows up at t = 1, where β_1 = 0; β is held above 0.05.
+    The division by β_t blows up at t = 1, where β_1 = 0: β is held above 0.05, which makes u exact
+    up to t = 0.95 and finite after it.
     """
     alpha, beta, d_alpha, d_beta = path_coefficients(t, x)
     ratio = d_beta / beta.clamp(min=0.05)
@@ -79,7 +78,7 @@ def cfm_loss(model, z, y, p_drop=0.1):
     """The loss to train with, a scalar, for data z (B, C, H, W) with labels y (B,) (section 1.1).
 
     L_CFM^guided(θ) = E ‖u_t^θ(x, y) - u_t^target(x|z)‖², (z, y) ~ p_data, t ~ Unif, x ~ p_t(·|z).
-    The target belongs to one z; the best answer for a given (x, y) is its average over all z that
+    The target belongs to one z; the best answer for given (x, t, y) is its average over all z that
     could have led there, and that average is the field u_t^target(x|y) that makes p_data(·|y).
     Raises ValueError unless there is one label for each data point.
     """
@@ -97,8 +96,8 @@ def cfm_loss(model, z, y, p_drop=0.1):
 def update_average(average, model, step):
     """After each training step, move the weights of `average` a little towards those of `model`.
 
-    The weights jitter around a place that is better than any of those they visit: their exponential
-    moving average. It reaches back 1,000 steps; less at first, to forget the random start.
+    The weights jitter around a place that is usually better than those they visit; this is their
+    exponential moving average. It reaches back 1,000 steps; less at first, to forget the start.
     """
     decay = min(0.999, (step + 1) / (step + 10))
     for slow, fast in zip(average.parameters(), model.parameters()):
@@ -108,9 +107,9 @@ def update_average(average, model, step):
 # ---- 1.2  Classifier-free guidance -------------------------------------------------------------
 
 def guided_velocity(model, x, t, y, w):
-    """The guided field (1-w) u(x|∅) + w u(x|y), like x (section 1.2.1; Ho & Salimans 2022).
+    """The guided field (1-w) u_t^θ(x, ∅) + w u_t^θ(x, y), like x (section 1.2; Ho & Salimans 2022).
 
-    Written as u(x|∅) + w (u(x|y) - u(x|∅)) it says what w > 1 does: go on, past the conditional
+    Written as u(x, ∅) + w (u(x, y) - u(x, ∅)) it says what w > 1 does: go on, past the conditional
     field, in the direction that the label adds. Both halves go through the network as one batch
     of 2B, which costs less than two of B; where w leaves one of them out, it is not computed.
     """
@@ -142,12 +141,12 @@ def euler(velocity, x, steps):
 
 @torch.no_grad()
 def sample(model, y, w=1.0, steps=50, noise=None):
-    """Algorithm 1: draw one z ~ p_data(·|y) for each label in y (B,); a tensor (B, C, H, W).
+    """Algorithm 1: draw X_1 for each label of y (B,), (B, C, H, W); X_1 ~ p_data(·|y) if w = 1.
 
     `noise`, X_0, defaults to fresh N(0, I) of model.shape. Raises ValueError for a label that the
     model does not have.
     """
-    # A tensor on the meta device has a shape but no values, so there is nothing to check.
+    # A tensor on the meta device has a shape but no values: there is nothing to check.
     if not y.is_meta and ((y < 0) | (y > model.null_label)).any():
         raise ValueError(f'labels are 0 … {model.null_label} (the last is ∅), got {y.tolist()}')
     if noise is None:

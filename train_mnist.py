@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from dit import DiT                                                        # section 2.2
-from tinyflow import cfm_loss, classify, euler, guided_velocity, sample, update_average    # 1
-from unet import UNet                                                      # section 2.1
-from vae import VAE, vae_loss                                              # section 2.3
+from dit import DiT                                                        # §2.2
+from tinyflow import cfm_loss, classify, euler, guided_velocity, sample, update_average    # §1
+from unet import UNet                                                      # §2.1
+from vae import VAE, vae_loss                                              # §2.3
 
 NETWORKS = {'unet': UNet, 'dit': DiT, 'vae': VAE}
 RUNS = {    # how each network is built, its passes over the data, and its learning rate at the peak
@@ -50,7 +50,7 @@ def load_mnist(path):
         with np.load(path, allow_pickle=False) as file:                    # arrays, never code
             for part in ('train', 'test'):
                 x, y = file[f'x_{part}'], file[f'y_{part}']                # (N, 28, 28), (N,)
-                fits = x.dtype == np.uint8 and x.shape == (*y.shape, 28, 28)
+                fits = x.dtype == np.uint8 and x.shape == (*y.shape, 28, 28) and len(x.shape) == 3
                 require(fits and np.isin(y, range(10)).all(), f'{x.dtype} {x.shape}, {y.shape}')
                 x = pad(torch.from_numpy(x)[:, None], (2, 2, 2, 2))        # (N, 1, 32, 32)
                 tensors += [x, torch.from_numpy(y.astype(np.int64))]
@@ -153,17 +153,17 @@ def train(name, path, args, data, state=None, vae_state=None):
     """Train the network `name`; `path` gets a checkpoint after each epoch (the VAE's: at the end).
 
     `state` is the checkpoint to go on from, `vae_state` that of the VAE in whose latents to work.
-    Raises ValueError if training diverges; KeyboardInterrupt, once all is saved, after Ctrl-C.
+    Raises ValueError if training diverges, and KeyboardInterrupt after Ctrl-C.
     """
     x_train, y_train, x_test, y_test = data                                # see load_mnist
     settings = {key: vars(args)[key] for key in ('epochs', 'batch_size', 'lr', 'seed', 'data')}
     require(not state or state['settings'] == settings, f'{path} is of a run with other arguments')
+    torch.manual_seed(args.seed)                       # here, be the VAE just trained or read
     loss_of = cfm_loss if name != 'vae' else lambda vae, x, y: vae_loss(vae, x, beta=1e-2)[0]
     points, held_out = lambda index: to_model(x_train[index]), to_model(x_test[:1000])     # images
     if vae_state:                                      # data points are latents, not images
         vae = rebuild(vae_state).to(args.device)
         points, held_out = vae.sampler(to_model(x_train)), vae.to_latent(held_out).detach()
-    torch.manual_seed(args.seed)                       # after the VAE, be it just trained or read
     model = NETWORKS[name.removesuffix('_latent')](**args.arguments).to(args.device)   # u^θ
     average = copy.deepcopy(model).eval().requires_grad_(False)            # see update_average
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))   # 0.99: for a short run
@@ -172,7 +172,7 @@ def train(name, path, args, data, state=None, vae_state=None):
     total, first, losses = max(1, round(args.epochs * per_epoch)), 0, []
     if state:                                          # --resume: all as it was after that step
         first = state['step']
-        torch.set_rng_state(state['rng'])              # the CPU's: with it, resuming is exact
+        torch.set_rng_state(state['rng'])              # the CPU's: there, resuming is exact
         for key, part in parts.items():
             part.load_state_dict(state[key])
     interrupts = []         # Ctrl-C waits for the end of a step, since half a step can't be resumed
@@ -186,19 +186,19 @@ def train(name, path, args, data, state=None, vae_state=None):
         optimizer.param_groups[0]['lr'] = args.lr * rise * fall           # the group of all weights
         with torch.autocast(args.device.type, torch.bfloat16, enabled=has_bfloat16(args.device)):
             loss = loss_of(model, points(index), y_train[index])           # (z, y) ~ p_data
-        optimizer.zero_grad()                                              # or they would add up
-        loss.backward()                                                    # ∇ of the loss by θ
+        optimizer.zero_grad()                                              # gradients would add up
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)     # no batch may go too far
         require(math.isfinite(norm), f'step {step + 1}: the loss is {loss:g}; try a lower --lr')
-        optimizer.step()                                                   # with what is finite
+        optimizer.step()
         update_average(average, model, step)                               # what will be drawn with
         losses.append(loss.item())
         now, done = time.monotonic(), step + 1
         if done == total or now - shown > (0.2 if sys.stdout.isatty() else 10):    # now and then
             shown, pace = now, (now - start) / (done - first)              # seconds a step
-            left = int(pace * (total - done))
+            left = time.strftime('%H:%M:%S', time.gmtime(pace * (total - done)))
             show(f'{name}: epoch {done / per_epoch:.2f}, loss {np.mean(losses[-100:]):.4f}, '
-                 f'{args.batch_size / pace:.0f} img/s, {left // 60}:{left % 60:02} left', True)
+                 f'{args.batch_size / pace:.0f} img/s, {left} left', passing=True)
         if done == total or name != 'vae' and (interrupts or done % per_epoch == 0):
             with torch.no_grad(), torch.random.fork_rng():                 # leaves training's draws
                 torch.manual_seed(0)                                       # these: always the same
@@ -212,7 +212,8 @@ def train(name, path, args, data, state=None, vae_state=None):
             write_file(path, buffer.getvalue())
             show(f'held-out loss {loss:.4f}, {path} written')
         if interrupts:
-            raise KeyboardInterrupt                                        # now that all is saved
+            raise KeyboardInterrupt                                        # a flow's state is saved
+    signal.signal(signal.SIGINT, signal.default_int_handler)               # from here on, at once
 
 
 @torch.no_grad()
@@ -220,27 +221,25 @@ def draw(path, args, data=None):
     """Draw with path.pt: the prompt, or (given data) guidance, the path and the VAE's work."""
     model, vae = load_checkpoint(f'{path}.pt', args.device)
     to_image = vae.to_image if vae else torch.clone    # pixels are images already
-
     save = lambda file, x, columns: save_png(file, image_grid(to_pixels(x).cpu(), columns))
     torch.manual_seed(args.seed)                       # the same noise in each row, for every w
     y = torch.tensor([int(digit) for digit in args.prompt or '0123456789'], device=args.device)
     noise = torch.randn(len(y), *model.shape, device=args.device)          # (B, C, H, W)
-    # The notes' figure 2 on digits: a row for each w, a column for each label, all from one noise.
-    rows = [to_image(sample(model, y, w, args.steps, noise)) for w in args.guidance]
+    # The notes' figure 2 on digits: a row for each w, a column for each label, with its own noise.
+    rows = torch.cat([to_image(sample(model, y, w, args.steps, noise)) for w in args.guidance])
     picture = f'{path}_prompt.png' if args.prompt else f'{path}_guidance.png'
-    save(picture, torch.cat(rows), columns=len(y))
+    save(picture, rows, columns=len(y))
     if args.prompt:
         return show(f'{picture}: a row for each w of {args.guidance}')
     # X_t on its way from noise to data, at w = 2: a row for each label, a column for each time.
     states = list(euler(lambda x, t: guided_velocity(model, x, t, y, 2.0), noise, args.steps))
-    states = [states[i] for i in torch.linspace(0, args.steps, 9).round().int()]
-    rows = torch.stack([to_image(x) for x in states], dim=1)               # (10, 9, 1, 32, 32)
+    times = torch.linspace(0, args.steps, 9).round().int()                 # nine of them
+    rows = torch.stack([to_image(states[i]) for i in times], dim=1)        # (10, 9, 1, 32, 32)
     save(f'{path}_path.png', rows.flatten(0, 1), columns=9)
     x, y = to_model(data[2][:100]), data[3][:100]                          # held-out digits
-    z = vae.to_latent(x) if vae else x
     if vae:                                            # digits above, reconstructions below
-        save(os.path.join(args.out, 'vae.png'), torch.cat([x[:10], vae.to_image(z[:10])]), 10)
-    right = (classify(model, z) == y).sum()
+        save(f'{args.out}/vae.png', torch.cat([x[:10], to_image(vae.to_latent(x[:10]))]), 10)
+    right = (classify(model, vae.to_latent(x) if vae else x) == y).sum()
     show(f'as a classifier, the flow reads {right} of {len(y)} held-out digits right')
 
 
@@ -301,10 +300,11 @@ def main(argv=None):
         print(f'train_mnist.py: {error}'.splitlines()[0], file=sys.stderr)     # and no traceback
         return 1
     except KeyboardInterrupt:
-        print('stopped; to go on, the same command with --resume', file=sys.stderr)
+        print('stopped; --resume goes on from NAME.pt, if it was begun', file=sys.stderr)
         return 130                                     # what a shell gives for Ctrl-C
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)      # end quietly when `| head` has had enough
+    if os.name == 'posix':                             # end quietly when `| head` has had enough
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

@@ -3,7 +3,8 @@
 A convolution sees 3x3 pixels, but a seven must look like a seven as a whole. So the encoder halves
 the image level by level, until few pixels, each with many channels, say what it shows; the decoder
 doubles it level by level, back to full size. What the halving throws away, where exactly the pen
-went, reaches the decoder by skip connections between equal levels. On MNIST, folded once:
+went, reaches the decoder by skip connections between equal levels. On MNIST, where 2x2 pixels are
+first folded into channels, (4, 16, 16), and a convolution makes the channels 32:
 
     x (1, 32, 32) ─ fold ─ (32, 16, 16) ─┬────────── skip ──────────┬─ (32, 16, 16) ─ unfold ─ u
                               (64, 8, 8) ─┬──────── skip ────────┬─ (64, 8, 8)
@@ -23,7 +24,7 @@ def group_norm(channels):
     """Each image's channels to mean 0 and deviation 1, in up to 8 groups (Wu & He 2018).
 
     Batch normalisation would let the images of a batch see one another. No learned scale and shift:
-    the condition brings them (or, where it does not, the convolution that follows).
+    in the middle of a block the condition brings them, and elsewhere the network does without.
     """
     return nn.GroupNorm(math.gcd(8, channels), channels, affine=False)
 
@@ -46,8 +47,8 @@ class ResidualBlock(nn.Module):
         # x itself passes by on the side; a 1x1 convolution only where the channels change.
         same = in_channels == out_channels
         self.side = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
-        # Zero, so that a new block hands x on unchanged: however many are stacked, the gradient
-        # reaches the first from the start, and each adds to x only what it has learned.
+        # Zero, so that a new block hands on just what passes by: however many are stacked, x and
+        # the gradient get through, and each block adds only what it has learned.
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
@@ -69,7 +70,7 @@ class UNet(nn.Module):
 
     `widths` are the channels of each level, top to bottom. `patch` > 1 folds each patch x patch
     square of pixels into channels first and unfolds it last. Raises ValueError if H or W cannot be
-    folded and then halved once between every two levels.
+    folded and then halved len(widths) - 1 times.
     """
 
     def __init__(self, shape=(1, 32, 32), widths=(32, 64, 128), num_classes=10, patch=2):
@@ -85,8 +86,8 @@ class UNet(nn.Module):
 
         cond_dim = 4 * widths[0]
         self.condition = ConditionEmbedding(cond_dim, num_classes)
-        # A quarter of the pixels with patch = 2, so all that follows is four times cheaper; the
-        # strokes, two or three pixels wide, are wide enough for the coarser grid.
+        # A quarter of the pixels with patch = 2, so all that follows is four times cheaper. Nothing
+        # is lost: the four pixels of a square become four channels.
         self.first = nn.Conv2d(channels * patch ** 2, widths[0], 3, padding=1)
 
         self.encoder = nn.ModuleList()
@@ -101,7 +102,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList()
         self.decoder = nn.ModuleList()
         for after in reversed(widths):
-            # On the way up a 1x1 convolution halves the channels, before the pixels double.
+            # A 1x1 convolution makes the channels those of the skip, before the pixels double.
             self.up.append(nn.Identity() if before == after else nn.Conv2d(before, after, 1))
             # Twice the channels: what comes from below, and the skip from the encoder beside it.
             self.decoder.append(ResidualBlock(2 * after, after, cond_dim))
@@ -109,8 +110,8 @@ class UNet(nn.Module):
 
         self.last_norm = group_norm(before)
         self.last = nn.Conv2d(before, channels * patch ** 2, 3, padding=1)
-        # Zero: a new network predicts u = 0, the best guess of one that knows nothing, and does
-        # not spend its first steps unlearning a random image.
+        # Zero: a new network predicts u = 0, the mean of the noise, and does not spend its first
+        # steps unlearning a random image.
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
@@ -135,7 +136,7 @@ class UNet(nn.Module):
             h = up(h)                                              # (B, channels of the skip, …)
             if level > 0:
                 h = F.interpolate(h, scale_factor=2)               # twice the height and width
-            h = block(torch.cat([h, skips.pop()], dim=1), c)       # the deepest skip first
+            h = block(torch.cat([h, skips.pop()], dim=1), c)       # (B, channels of the skip, …)
 
         u = self.last(F.silu(self.last_norm(h)))                   # (B, C patch², …)
         return F.pixel_shuffle(u, self.patch)                      # (B, C, H, W)

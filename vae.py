@@ -46,9 +46,9 @@ def vae_loss(vae, x, beta):
         -log p(x|latent) + KL  =  ‖x - D(latent)‖² / 2s² + KL + const,
 
     and times 2s²/d, with d pixels, that is the mean squared error + beta · KL/d with beta = 2s².
-    So beta is the decoder's variance, but for the 2: how far off a pixel may be. A large one
-    allows a blurred image for a tidy latent space. Here it is small: only the decoder can put
-    sharp strokes back, and the flow copes with latents that are not quite N(0, I).
+    So beta is the decoder's variance, but for the 2, and s = √(beta/2) how far off a pixel may be.
+    A large beta buys a tidy latent space with blurred images. It is small here, for a blur cannot
+    be undone by the flow, which on the other hand copes with latents that are not quite N(0, I).
     `reconstruction` is the mean squared error of a pixel, `kl` is in nats per image.
     """
     mean, logvar = vae.encode(x)
@@ -70,12 +70,12 @@ class VAE(nn.Module):
 
     def __init__(self, shape=(1, 32, 32), latent_channels=4, width=32):
         super().__init__()
-        channels, height, width_in_pixels = shape
-        if height % 4 or width_in_pixels % 4:
+        channels, H, W = shape
+        if H % 4 or W % 4:
             raise ValueError(f'the VAE halves an image twice: height and width must be divisible '
-                             f'by 4, got {height}x{width_in_pixels}')
+                             f'by 4, got {H}x{W}')
         self.shape = tuple(shape)
-        self.latent_shape = (latent_channels, height // 4, width_in_pixels // 4)
+        self.latent_shape = (latent_channels, H // 4, W // 4)
         # Shapes for MNIST with the defaults, at the end of each line.
         self.encoder = nn.Sequential(                                          # (1, 32, 32)
             nn.Conv2d(channels, width, 4, stride=2, padding=1),                # (32, 16, 16)
@@ -84,7 +84,7 @@ class VAE(nn.Module):
             nn.SiLU(),
             nn.Conv2d(2 * width, 2 * width, 3, padding=1),
             nn.SiLU(),
-            nn.Conv2d(2 * width, 2 * latent_channels, 1),                      # (8, 8, 8)
+            nn.Conv2d(2 * width, 2 * latent_channels, 1),      # (8, 8, 8): 4 means, 4 logvars
         )
         self.decoder = nn.Sequential(                                          # (4, 8, 8)
             nn.Conv2d(latent_channels, 2 * width, 3, padding=1),               # (64, 8, 8)
@@ -99,7 +99,7 @@ class VAE(nn.Module):
             nn.Conv2d(width, 4 * channels, 3, padding=1),                      # (4, 16, 16)
             nn.PixelShuffle(2),                                                # (1, 32, 32)
         )
-        self.register_buffer('latent_scale', torch.ones(()))
+        self.register_buffer('latent_scale', torch.ones(()))   # the training program sets it
 
     def encode(self, x):
         """The posterior of each image: mean and logvar, both (B, latent_channels, H/4, W/4)."""
@@ -114,15 +114,15 @@ class VAE(nn.Module):
     def sampler(self, x):
         """`to_latent` for a whole dataset x (N, C, H, W): a function from an index (B,) to z.
 
-        The encoder sees each image once. What is kept is its posterior, from which every batch
-        draws anew: a single draw would have the flow learn the noise in it.
+        The encoder sees each image once. Its posterior is kept, and every batch draws from it anew;
+        were one draw kept instead, the flow would learn the noise in it.
         """
         posteriors = [self.encode(part) for part in x.split(1000)]
         mean, logvar = [torch.cat(parts) for parts in zip(*posteriors)]        # 2 × (N, 4, 8, 8)
         return lambda index: reparameterize(mean[index], logvar[index]) / self.latent_scale
 
     def to_latent(self, x):
-        """A data point z for the flow from each image: a posterior sample of unit variance."""
+        """A data point z for the flow from each image: a posterior sample; all have variance 1."""
         return reparameterize(*self.encode(x)) / self.latent_scale
 
     def to_image(self, z):
