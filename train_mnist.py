@@ -10,7 +10,7 @@ of the digit y. A network u_t^θ(x, y) learns the field by regression: mix an im
 x = t z + (1-t) ε, and ask for z - ε (1.1). One label in ten is hidden, so that it also knows the
 field of digits in general; u(x|∅) + w (u(x|y) - u(x|∅)) then turns up what the label adds (1.2).
 """
-import argparse, copy, io, math, os, pathlib, signal, struct, sys, time, zlib
+import argparse, copy, io, math, os, pathlib, shutil, signal, struct, sys, time, zlib
 
 import numpy as np
 import torch
@@ -144,7 +144,7 @@ def has_bfloat16(device):
 def show(line, passing=False):
     """Print a line; on a terminal, the next one takes the place of a passing one."""
     if sys.stdout.isatty():
-        width = os.get_terminal_size().columns - 1
+        width = shutil.get_terminal_size().columns - 1
         line = '\r' + (line[:width] if passing else line).ljust(width)
     print(line, end='' if passing and sys.stdout.isatty() else '\n', flush=True)
 
