@@ -240,7 +240,7 @@ def draw(path, args, data=None):
     if vae:                                            # digits above, reconstructions below
         save(f'{args.out}/vae.png', torch.cat([x[:10], to_image(vae.to_latent(x[:10]))]), 10)
     right = (classify(model, vae.to_latent(x) if vae else x) == y).sum()
-    show(f'as a classifier, the flow reads {right} of {len(y)} held-out digits right')
+    show(f'drawn: {path}_*.png; as a classifier, it reads {right} of {len(y)} test digits right')
 
 
 # ---- The command line --------------------------------------------------------------------------
