@@ -157,7 +157,7 @@ def train(name, path, args, data, state=None, vae_state=None):
     """
     x_train, y_train, x_test, y_test = data                                # see load_mnist
     settings = {key: vars(args)[key] for key in ('epochs', 'batch_size', 'lr', 'seed', 'data')}
-    require(not state or state.get('settings') == settings, f'{path} is of a run with other options')
+    require(not state or state.get('settings') == settings, f'{path} is of another run')
     torch.manual_seed(args.seed)                       # here, be the VAE just trained or read
     loss_of = cfm_loss if name != 'vae' else lambda vae, x, y: vae_loss(vae, x, beta=1e-2)[0]
     points, held_out = lambda index: to_model(x_train[index]), to_model(x_test[:1000])     # images
