@@ -134,7 +134,7 @@ def load_checkpoint(path, device):
 # ---- Training ----------------------------------------------------------------------------------
 
 def has_bfloat16(device):
-    """Whether the hardware multiplies in bfloat16 itself: emulated, it is far slower than float32."""
+    """Whether the hardware multiplies in bfloat16: emulated, it is far slower than float32."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities() if device.type == 'cpu' else {}     # name: bool
