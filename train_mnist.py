@@ -23,15 +23,15 @@ from vae import VAE, vae_loss                                              # §2
 
 NETWORKS = {'unet': UNet, 'dit': DiT, 'vae': VAE}
 RUNS = {    # how each network is built, its passes over the data, and its learning rate at the peak
-    'unet': dict(arguments={}, epochs=5.0, lr=6e-3),                       # 32x32 pixels
-    'dit': dict(arguments={}, epochs=5.0, lr=3e-3),                        # 64 patches of 4x4
-    'unet_latent': dict(arguments=dict(shape=(4, 8, 8), patch=1), epochs=4.0, lr=6e-3),
-    'dit_latent': dict(arguments=dict(shape=(4, 8, 8), patch=2), epochs=4.0, lr=3e-3),
-    'vae': dict(arguments={}, epochs=1.5, lr=2e-3),                        # comes before those two
+    'unet': dict(arguments=dict(widths=(48, 64, 128)), epochs=5.0, lr=2.5e-3),     # 48: fine lines
+    'dit': dict(arguments={}, epochs=4.0, lr=2e-3),                        # 64 patches of 4x4
+    'unet_latent': dict(arguments=dict(shape=(4, 8, 8), patch=1), epochs=5.0, lr=2.5e-3),
+    'dit_latent': dict(arguments=dict(shape=(4, 8, 8), patch=2), epochs=5.0, lr=2e-3),
+    'vae': dict(arguments={}, epochs=1.5, lr=2e-3, batch_size=32, seed=0),     # before those two
 }
 
 
-# ---- Data --------------------------------------------------------------------------------------
+# ---- Data and files ----------------------------------------------------------------------------
 
 def require(condition, message):
     """ValueError(message), which `main` shows as one line, unless the condition holds."""
@@ -68,8 +68,6 @@ def to_pixels(x):
     """Floats as pixels, uint8: the inverse of to_model, with what is outside [-1, 1] clamped."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
-
-# ---- Files -------------------------------------------------------------------------------------
 
 def write_file(path, data):
     """Write bytes to a temporary file, then move it into place: no file is ever half written."""
@@ -119,6 +117,7 @@ def read_checkpoint(path, name=None):
         state = torch.load(path, map_location='cpu', weights_only=True)    # values, never code
         for part in filter(None, (state, state['vae'])):
             rebuild(part)                              # raises what there is to raise
+            require(part['step'] > 0 and {'weights', 'optimizer', 'settings', 'rng'} <= {*part}, '')
     except Exception as error:                                             # again, in a dozen ways
         raise ValueError(f'{path} is damaged, or no checkpoint of this program') from error
     require(name in (None, state['name']), f'{path} holds a {state["name"]}, not a {name}')
@@ -150,14 +149,14 @@ def show(line, passing=False):
 
 
 def train(name, path, args, data, state=None, vae_state=None):
-    """Train the network `name`; `path` gets a checkpoint after each epoch (the VAE's: at the end).
+    """Train the network `name`; `path` gets a checkpoint after each epoch.
 
     `state` is the checkpoint to go on from, `vae_state` that of the VAE in whose latents to work.
     Raises ValueError if training diverges, and KeyboardInterrupt after Ctrl-C.
     """
     x_train, y_train, x_test, y_test = data                                # see load_mnist
-    settings = {key: vars(args)[key] for key in ('epochs', 'batch_size', 'lr', 'seed', 'data')}
-    require(not state or state.get('settings') == settings, f'{path} is of another run')
+    settings = {key: vars(args)[key] for key in (*RUNS['vae'], 'data')}    # what makes the result
+    require(not state or state['settings'] == settings, f'{path} has other settings; change --out')
     torch.manual_seed(args.seed)                       # here, be the VAE just trained or read
     loss_of = cfm_loss if name != 'vae' else lambda vae, x, y: vae_loss(vae, x, beta=1e-2)[0]
     points, held_out = lambda index: to_model(x_train[index]), to_model(x_test[:1000])     # images
@@ -166,9 +165,9 @@ def train(name, path, args, data, state=None, vae_state=None):
         points, held_out = vae.sampler(to_model(x_train)), vae.to_latent(held_out).detach()
     model = NETWORKS[name.removesuffix('_latent')](**args.arguments).to(args.device)   # u^θ
     average = copy.deepcopy(model).eval().requires_grad_(False)            # see update_average
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))   # 0.99: for a short run
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)  # in one pass
     parts = dict(weights=model, average=average, optimizer=optimizer)      # what a checkpoint holds
-    per_epoch = len(x_train) // args.batch_size                            # steps
+    per_epoch = max(1, len(x_train) // args.batch_size)                    # steps
     total, first, losses = max(1, round(args.epochs * per_epoch)), 0, []
     if state:                                          # --resume: all as it was after that step
         first = state['step']
@@ -199,12 +198,12 @@ def train(name, path, args, data, state=None, vae_state=None):
             left = time.strftime('%H:%M:%S', time.gmtime(pace * (total - done)))
             show(f'{name}: epoch {done / per_epoch:.2f}, loss {np.mean(losses[-100:]):.4f}, '
                  f'{args.batch_size / pace:.0f} img/s, {left} left', passing=True)
-        if done == total or name != 'vae' and (interrupts or done % per_epoch == 0):
+        if done == total or interrupts or done % per_epoch == 0:
             with torch.no_grad(), torch.random.fork_rng():                 # leaves training's draws
                 torch.manual_seed(0)                                       # these: always the same
                 loss = loss_of(average, held_out, y_test[:1000])
                 if name == 'vae':                                          # for unit variance
-                    average.latent_scale.copy_(average.to_latent(held_out).std())
+                    average.latent_scale.mul_(average.to_latent(held_out).std())
             saved = dict(name=name, arguments=args.arguments, vae=vae_state, settings=settings,
                          step=done, rng=torch.get_rng_state())             # and to go on from here:
             saved.update({key: part.state_dict() for key, part in parts.items()})
@@ -212,7 +211,7 @@ def train(name, path, args, data, state=None, vae_state=None):
             write_file(path, buffer.getvalue())
             show(f'held-out loss {loss:.4f}, {path} written')
         if interrupts:
-            raise KeyboardInterrupt                                        # a flow's state is saved
+            raise KeyboardInterrupt                                        # all of it is saved
     signal.signal(signal.SIGINT, signal.default_int_handler)               # from here on, at once
 
 
@@ -255,18 +254,19 @@ def run(args, name):
     require(0 <= args.seed < 2 ** 63, f'--seed must be from 0 to 2^63 - 1, not {args.seed}')
     args.device = torch.ones(1, device=args.device).device                 # fails if there is none
     path, vae_path = os.path.join(args.out, name), os.path.join(args.out, 'vae.pt')
-    state = read_checkpoint(f'{path}.pt', name) if args.resume or args.prompt else None
+    # Stopped while the VAE was learning, there is no NAME.pt yet: --resume goes on from vae.pt.
+    begun = os.path.exists(f'{path}.pt') or not (args.latent and os.path.exists(vae_path))
+    state = read_checkpoint(f'{path}.pt', name) if args.prompt or args.resume and begun else None
     data = None if args.prompt else [part.to(args.device) for part in load_mnist(args.data)]
     os.makedirs(args.out, exist_ok=True)               # better to fail now than after the training
     require(os.access(args.out, os.W_OK), f'--out {args.out} is a folder that cannot be written to')
     if data:
         require(args.batch_size <= len(data[0]), f'--batch-size: there are {len(data[0])} digits')
         vae_state = state and state['vae']
-        if args.latent and not state:
-            if not os.path.exists(vae_path):           # once, for both networks
-                train('vae', vae_path, argparse.Namespace(**{**vars(args), **RUNS['vae']}), data)
+        if args.latent and not state:      # one VAE for both networks: used if there, or finished
+            vae_state = read_checkpoint(vae_path, 'vae') if os.path.exists(vae_path) else None
+            train('vae', vae_path, argparse.Namespace(**vars(args) | RUNS['vae']), data, vae_state)
             vae_state = read_checkpoint(vae_path, 'vae')
-            require(vae_state['arguments'] == RUNS['vae']['arguments'], f'{vae_path} does not fit')
         train(name, f'{path}.pt', args, data, state, vae_state)
     draw(path, args, data)
 

@@ -4,7 +4,7 @@ A convolution sees 3x3 pixels, but a seven must look like a seven as a whole. So
 the image level by level, until few pixels, each with many channels, say what it shows; the decoder
 doubles it level by level, back to full size. What the halving throws away, where exactly the pen
 went, reaches the decoder by skip connections between equal levels. On MNIST, where 2x2 pixels are
-first folded into channels, (4, 16, 16), and a convolution makes the channels 32:
+first folded into channels, (4, 16, 16), and a convolution makes the channels widths[0] = 32:
 
     x (1, 32, 32) ─ fold ─ (32, 16, 16) ─┬────────── skip ──────────┬─ (32, 16, 16) ─ unfold ─ u
                               (64, 8, 8) ─┬──────── skip ────────┬─ (64, 8, 8)
@@ -95,10 +95,7 @@ class UNet(nn.Module):
         for after in widths:
             self.encoder.append(ResidualBlock(before, after, cond_dim))
             before = after
-        self.bottleneck = nn.ModuleList([
-            ResidualBlock(before, before, cond_dim),
-            ResidualBlock(before, before, cond_dim),
-        ])
+        self.bottleneck = ResidualBlock(before, before, cond_dim)
         self.up = nn.ModuleList()
         self.decoder = nn.ModuleList()
         for after in reversed(widths):
@@ -129,8 +126,7 @@ class UNet(nn.Module):
             h = block(h, c)                                        # (B, widths[level], …)
             skips.append(h)
 
-        for block in self.bottleneck:
-            h = block(h, c)                                        # (B, widths[-1], …)
+        h = self.bottleneck(h, c)                                  # (B, widths[-1], …)
 
         for level, (up, block) in enumerate(zip(self.up, self.decoder)):
             h = up(h)                                              # (B, channels of the skip, …)
