@@ -99,7 +99,7 @@ class DiTBlock(nn.Module):
 
     def __init__(self, dim, heads):
         super().__init__()
-        # Without a scale and shift of its own: those come from c.
+        # Without a scale and shift of its own: those come from c. So one norm serves both halves.
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.attention = SelfAttention(dim, heads)
         self.mlp = nn.Sequential(
@@ -115,8 +115,8 @@ class DiTBlock(nn.Module):
     def forward(self, x, c):
         six = self.modulation(F.silu(c))[:, None].chunk(6, dim=-1)     # 6 × (B, 1, dim)
         scale1, shift1, gate1, scale2, shift2, gate2 = six
-        x = x + gate1 * self.attention(modulate(self.norm(x), scale1, shift1))     # tokens talk
-        x = x + gate2 * self.mlp(modulate(self.norm(x), scale2, shift2))           # each thinks
+        x = x + gate1 * self.attention(modulate(self.norm(x), scale1, shift1))     # across tokens
+        x = x + gate2 * self.mlp(modulate(self.norm(x), scale2, shift2))           # in each token
         return x
 
 
@@ -125,6 +125,7 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """u_t^θ(x, y) for images x (B, C, H, W), times t (B,) and labels y (B,); u is like x.
 
+    Inside, the tokens name z_hat, a guess at the data point z, from which u follows (`forward`).
     Raises ValueError if the image is not a square of whole patches, if dim is not divisible by 4,
     or if it is not divisible by heads.
     """
@@ -158,7 +159,7 @@ class DiT(nn.Module):
         scale, shift = self.last_modulation(F.silu(c))[:, None].chunk(2, dim=-1)   # 2 × (B, 1, dim)
         h = self.last(modulate(self.last_norm(h), scale, shift))       # (B, N, C patch²)
         # The tokens name the clean image, not the velocity. Digits have few ways to be; u = z - ε
-        # holds the noise too, a random number a pixel, which every block would have to pass on.
+        # has the noise in it too, a random number a pixel, which every block would have to pass on.
         # With x, z_hat gives the velocity all the same: u_t^target(x|z_hat), section 1.1
         # (Li & He 2025, Back to Basics: Let Denoising Generative Models Denoise).
         z_hat = unpatchify(h, self.patch, self.shape)                  # (B, C, H, W)

@@ -3,7 +3,7 @@
 A flow turns noise into data. Time t runs from 0 to 1; a point X_t starts as pure noise,
 X_0 ~ p_init = N(0, I), follows a velocity field, dX_t = u_t(X_t|y) dt, and arrives as data,
 X_1 ~ p_data(·|y). The field is a neural network, u_t^θ(x, y), and this file is how it learns
-(`cfm_loss`) and how it draws (`sample`). The same letters stand for the same things everywhere:
+(`cfm_loss`) and how it draws (`sample`). What the letters stand for:
 
     z         a data point, z ~ p_data                                  (B, C, H, W)
     noise     ε ~ N(0, I)                                               like z
@@ -27,7 +27,7 @@ def gaussian_path(t):
     """The path p_t(x|z) = N(α_t z, β_t² I): its α, β and their time derivatives, each like t.
 
     Any pair with α_0 = β_1 = 0 and α_1 = β_0 = 1 leads from noise to z. This is the straight one,
-    α_t = t and β_t = 1 - t. To try another, change this function: nothing else knows the path.
+    α_t = t and β_t = 1 - t. To try another, change this function: no other code knows the path.
     """
     alpha, d_alpha = t, torch.ones_like(t)
     beta, d_beta = 1 - t, -torch.ones_like(t)
@@ -41,7 +41,7 @@ def path_coefficients(t, x):
 
 
 def conditional_path(z, noise, t):
-    """A point x ~ p_t(·|z) and its velocity u_t^target(x|z), both like z (section 1.1).
+    """Given a data point z: some x ~ p_t(·|z) and u_t^target(x|z), both like z (section 1.1).
 
     x moves along a curve from noise (t = 0) to z (t = 1); its velocity is the curve's derivative.
     """
@@ -52,18 +52,18 @@ def conditional_path(z, noise, t):
 
 
 def conditional_vector_field(x, z, t):
-    """The same velocity u_t^target(x|z) in closed form, from x (B, …) and z alone; like x.
+    """The same u_t^target(x|z) from x (B, …) and z alone, for a network that names z; like x.
 
     Solve x = α z + β ε for ε and put it into α̇ z + β̇ ε. On the straight path: (z - x) / (1 - t).
-    The division by β_t blows up at t = 1, where β_1 = 0: β is held above 0.05, which makes u exact
-    up to t = 0.95 and finite after it.
+    Dividing by β_t blows up at t = 1, where β_1 = 0. So β is held above 0.05: u is exact as long as
+    β_t is, here up to t = 0.95; after that the noise in x counts for less than it should.
     """
     alpha, beta, d_alpha, d_beta = path_coefficients(t, x)
     ratio = d_beta / beta.clamp(min=0.05)
-    return (d_alpha - ratio * alpha) * z + ratio * x    # (α̇_t - β̇_t/β_t α_t) z + β̇_t/β_t x
+    return (d_alpha - ratio * alpha) * z + ratio * x  # (α̇_t - (β̇_t/β_t) α_t) z + (β̇_t/β_t) x
 
 
-# ---- 1.1  The guided loss ----------------------------------------------------------------------
+# ---- 1.1 and 1.2.2  The guided loss ------------------------------------------------------------
 
 def drop_labels(y, null_label, p_drop):
     """Each label of y (B,) becomes ∅ with probability p_drop, in a new tensor (section 1.2.2).
@@ -79,7 +79,7 @@ def cfm_loss(model, z, y, p_drop=0.1):
 
     L_CFM^guided(θ) = E ‖u_t^θ(x, y) - u_t^target(x|z)‖², (z, y) ~ p_data, t ~ Unif, x ~ p_t(·|z).
     The target belongs to one z; the best answer for given (x, t, y) is its average over all z that
-    could have led there, and that average is the field u_t^target(x|y) that makes p_data(·|y).
+    could have led there, E[u_t^target(x|z) | x, y]: the field u_t^target(x|y) of p_data(·|y).
     Raises ValueError unless there is one label for each data point.
     """
     if len(z) != len(y):
@@ -107,11 +107,12 @@ def update_average(average, model, step):
 # ---- 1.2  Classifier-free guidance -------------------------------------------------------------
 
 def guided_velocity(model, x, t, y, w):
-    """The guided field (1-w) u_t^θ(x, ∅) + w u_t^θ(x, y), like x (section 1.2; Ho & Salimans 2022).
+    """The guided field ũ_t(x|y) = (1-w) u_t^θ(x, ∅) + w u_t^θ(x, y), like x (section 1.2).
 
-    Written as u(x, ∅) + w (u(x, y) - u(x, ∅)) it says what w > 1 does: go on, past the conditional
-    field, in the direction that the label adds. Both halves go through the network as one batch
-    of 2B, which costs less than two of B; where w leaves one of them out, it is not computed.
+    Written as u(x, ∅) + w (u(x, y) - u(x, ∅)) it says what w > 1 does: go on, past the field of the
+    label y, in the direction that y adds (Ho & Salimans 2022, where w is this w - 1). Both halves
+    go through the network as one batch of 2B, which costs less than two of B; where w leaves one
+    of them out, it is not computed.
     """
     null = torch.full_like(y, model.null_label)
     if w == 1:
@@ -150,13 +151,14 @@ def sample(model, y, w=1.0, steps=50, noise=None):
     if not y.is_meta and ((y < 0) | (y > model.null_label)).any():
         raise ValueError(f'labels are 0 … {model.null_label} (the last is ∅), got {y.tolist()}')
     if noise is None:
-        noise = torch.randn(len(y), *model.shape, device=y.device)     # 3: X_0 ~ p_init
-    for x in euler(lambda x, t: guided_velocity(model, x, t, y, w), noise, steps):
-        pass                                                           # 4: the guided ODE
+        noise = torch.randn(len(y), *model.shape, device=y.device)     # step 3: X_0 ~ p_init
+    velocity = lambda x, t: guided_velocity(model, x, t, y, w)
+    for x in euler(velocity, noise, steps):                            # step 4: the guided ODE
+        pass                                                           # only the last x is kept
     return x
 
 
-# ---- The flow read backwards -------------------------------------------------------------------
+# ---- The flow as a classifier ------------------------------------------------------------------
 
 @torch.no_grad()
 def classify(model, z, draws=16):
@@ -168,7 +170,7 @@ def classify(model, z, draws=16):
     """
     error = torch.zeros(len(z), model.null_label, device=z.device)     # (B, num_classes)
     for i in range(draws):
-        t = (i + torch.rand(len(z), device=z.device)) / draws          # one from each slice, again
+        t = (i + torch.rand(len(z), device=z.device)) / draws          # draw i: from slice i
         x, u_target = conditional_path(z, torch.randn_like(z), t)
         for label in range(model.null_label):
             y = torch.full((len(z),), label, device=z.device)

@@ -3,8 +3,8 @@
 A convolution sees 3x3 pixels, but a seven must look like a seven as a whole. So the encoder halves
 the image level by level, until few pixels, each with many channels, say what it shows; the decoder
 doubles it level by level, back to full size. What the halving throws away, where exactly the pen
-went, reaches the decoder by skip connections between equal levels. On MNIST, where 2x2 pixels are
-first folded into channels, (4, 16, 16), and a convolution makes the channels widths[0] = 32:
+went, reaches the decoder by skip connections between equal levels. With the default sizes, where
+2x2 pixels are first folded into channels, (4, 16, 16), and a convolution makes the channels 32:
 
     x (1, 32, 32) ─ fold ─ (32, 16, 16) ─┬────────── skip ──────────┬─ (32, 16, 16) ─ unfold ─ u
                               (64, 8, 8) ─┬──────── skip ────────┬─ (64, 8, 8)
@@ -21,7 +21,7 @@ from tinyflow import ConditionEmbedding
 
 
 def group_norm(channels):
-    """Each image's channels to mean 0 and deviation 1, in up to 8 groups (Wu & He 2018).
+    """In each image, up to 8 groups of channels, each to mean 0 and deviation 1 (Wu & He 2018).
 
     Batch normalisation would let the images of a batch see one another. No learned scale and shift:
     in the middle of a block the condition brings them, and elsewhere the network does without.
@@ -95,20 +95,21 @@ class UNet(nn.Module):
         for after in widths:
             self.encoder.append(ResidualBlock(before, after, cond_dim))
             before = after
-        self.bottleneck = ResidualBlock(before, before, cond_dim)
+        self.bottleneck = ResidualBlock(widths[-1], widths[-1], cond_dim)
         self.up = nn.ModuleList()
         self.decoder = nn.ModuleList()
         for after in reversed(widths):
-            # A 1x1 convolution makes the channels those of the skip, before the pixels double.
+            # A 1x1 convolution makes the channels those of the skip; `forward` then doubles the
+            # pixels. The other way round it would cost four times as much.
             self.up.append(nn.Identity() if before == after else nn.Conv2d(before, after, 1))
             # Twice the channels: what comes from below, and the skip from the encoder beside it.
             self.decoder.append(ResidualBlock(2 * after, after, cond_dim))
             before = after
 
-        self.last_norm = group_norm(before)
-        self.last = nn.Conv2d(before, channels * patch ** 2, 3, padding=1)
-        # Zero: a new network predicts u = 0, the mean of the noise, and does not spend its first
-        # steps unlearning a random image.
+        self.last_norm = group_norm(widths[0])
+        self.last = nn.Conv2d(widths[0], channels * patch ** 2, 3, padding=1)
+        # Zero: a new network predicts u = 0, and does not spend its first steps unlearning a random
+        # image.
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 
-# ---- The posterior q(latent|x) = N(mean, exp(logvar) I) ----------------------------------------
+# ---- The posterior q(latent|x) = N(mean, σ² I), with logvar = log σ² ---------------------------
 
 def reparameterize(mean, logvar):
     """A sample of N(mean, exp(logvar)), like mean: the reparameterization trick.
@@ -43,7 +43,7 @@ def vae_loss(vae, x, beta):
 
     The decoder is taken as a Gaussian around D(latent) with variance s² at every pixel. Then
 
-        -log p(x|latent) + KL  =  ‖x - D(latent)‖² / 2s² + KL + const,
+        E_q[-log p(x|latent)] + KL  =  E_q ‖x - D(latent)‖² / 2s² + KL + const,
 
     and times 2s²/d, with d pixels, that is the mean squared error + beta · KL/d with beta = 2s².
     So beta is the decoder's variance, but for the 2, and s = √(beta/2) how far off a pixel may be.
@@ -92,14 +92,14 @@ class VAE(nn.Module):
             nn.Conv2d(2 * width, 2 * width, 3, padding=1),
             nn.SiLU(),
             nn.Conv2d(2 * width, 4 * width, 3, padding=1),                     # (128, 8, 8)
-            nn.PixelShuffle(2),                                                # (32, 16, 16)
+            nn.PixelShuffle(2),                # four channels -> 2x2 pixels   # (32, 16, 16)
             nn.SiLU(),
             nn.Conv2d(width, width, 3, padding=1),
             nn.SiLU(),
             nn.Conv2d(width, 4 * channels, 3, padding=1),                      # (4, 16, 16)
             nn.PixelShuffle(2),                                                # (1, 32, 32)
         )
-        self.register_buffer('latent_scale', torch.ones(()))   # the training program sets it
+        self.register_buffer('latent_scale', torch.ones(()))   # their deviation, once trained
 
     def encode(self, x):
         """The posterior of each image: mean and logvar, both (B, latent_channels, H/4, W/4)."""
@@ -118,11 +118,11 @@ class VAE(nn.Module):
         were one draw kept instead, the flow would learn the noise in it.
         """
         posteriors = [self.encode(part) for part in x.split(1000)]
-        mean, logvar = [torch.cat(parts) for parts in zip(*posteriors)]        # 2 × (N, 4, 8, 8)
+        mean, logvar = [torch.cat(parts) for parts in zip(*posteriors)]    # 2 × (N, *latent_shape)
         return lambda index: reparameterize(mean[index], logvar[index]) / self.latent_scale
 
     def to_latent(self, x):
-        """A data point z for the flow from each image: a posterior sample; all have variance 1."""
+        """A data point z for the flow from each image: a posterior sample, scaled to variance 1."""
         return reparameterize(*self.encode(x)) / self.latent_scale
 
     def to_image(self, z):
