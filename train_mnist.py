@@ -10,7 +10,7 @@ of the digit y. A network u_t^θ(x, y) learns the field by regression: mix an im
 x = t z + (1-t) ε, and ask for z - ε (1.1). One label in ten is hidden, so that it also knows the
 field of digits in general; u(x|∅) + w (u(x|y) - u(x|∅)) then turns up what the label adds (1.2).
 """
-import argparse, copy, io, math, os, pathlib, shutil, signal, struct, sys, time, zlib
+import argparse, copy, io, math, os, pathlib, re, shutil, signal, struct, sys, time, zlib
 
 import numpy as np
 import torch
@@ -249,8 +249,7 @@ def run(args, name):
     for key in ('epochs', 'batch_size', 'lr', 'steps'):                # nor is nan above 0
         require(0 < vars(args)[key] < math.inf, f'--{key.replace("_", "-")} must be above 0')
     require(all(map(math.isfinite, args.guidance)), f'--guidance: numbers, not {args.guidance}')
-    require(args.prompt != '' and not set(args.prompt or '') - set('0123456789'),
-            f'--prompt takes digits from 0 to 9, not {args.prompt!r}')
+    require(args.prompt is None or re.fullmatch('[0-9]+', args.prompt), '--prompt: digits, like 271')
     require(0 <= args.seed < 2 ** 63, f'--seed must be from 0 to 2^63 - 1, not {args.seed}')
     args.device = torch.ones(1, device=args.device).device                 # fails if there is none
     path, vae_path = os.path.join(args.out, name), os.path.join(args.out, 'vae.pt')
@@ -297,7 +296,8 @@ def main(argv=None):
         run(parser.parse_args(argv), name)
         return 0
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        print(f'train_mnist.py: {error}'.splitlines()[0], file=sys.stderr)     # and no traceback
+        hint = '' if isinstance(error, (ValueError, OSError)) else f' (on --device {args.device})'
+        print(f'train_mnist.py: {error}'.splitlines()[0] + hint, file=sys.stderr)  # no traceback
         return 1
     except KeyboardInterrupt:
         print('stopped; --resume goes on from NAME.pt, if it was begun', file=sys.stderr)
