@@ -414,7 +414,7 @@ def test_bad_input_is_refused_with_one_line_and_before_any_work(digits, tmp_path
     vae = dict(name='vae', arguments={'width': 8}, average=VAE(width=8).state_dict(), vae=None)
     torch.save({**vae, **TRAINING}, tmp_path / 'vae.pt')
     for line, message in {
-            '--prompt 12a': 'digits, like', '--prompt 7': 'train first', '--resume': 'train first',
+            '--prompt 12a': 'takes digits', '--prompt 7': 'train first', '--resume': 'train first',
             '--model dit --prompt 7': 'damaged', '--lr nan': '--lr', '--epochs 0': '--epochs',
             '--steps 0': '--steps', '--batch-size 0': '--batch', '--guidance 1 inf': '--guidance',
             '--device cuda:99': '--device', '--device x': '--device', f'--seed {2 ** 70}': '--seed',

@@ -249,7 +249,7 @@ def run(args, name):
     for key in ('epochs', 'batch_size', 'lr', 'steps'):                # nor is nan above 0
         require(0 < vars(args)[key] < math.inf, f'--{key.replace("_", "-")} must be above 0')
     require(all(map(math.isfinite, args.guidance)), f'--guidance: numbers, not {args.guidance}')
-    require(args.prompt is None or re.fullmatch('[0-9]+', args.prompt), '--prompt: digits, like 271')
+    require(args.prompt is None or re.fullmatch('[0-9]+', args.prompt), '--prompt takes digits')
     require(0 <= args.seed < 2 ** 63, f'--seed must be from 0 to 2^63 - 1, not {args.seed}')
     args.device = torch.ones(1, device=args.device).device                 # fails if there is none
     path, vae_path = os.path.join(args.out, name), os.path.join(args.out, 'vae.pt')
