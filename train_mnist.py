@@ -10,7 +10,7 @@ of the digit y. A network u_t^θ(x, y) learns the field by regression: mix an im
 x = t z + (1-t) ε, and ask for z - ε (1.1). One label in ten is hidden, so that it also knows the
 field of digits in general; u(x|∅) + w (u(x|y) - u(x|∅)) then turns up what the label adds (1.2).
 """
-import argparse, copy, io, math, os, pathlib, re, shutil, signal, struct, sys, time, zlib
+import argparse, copy, datetime, io, math, os, pathlib, re, shutil, signal, struct, sys, time, zlib
 
 import numpy as np
 import torch
@@ -23,11 +23,11 @@ from vae import VAE, vae_loss                                              # §2
 
 NETWORKS = {'unet': UNet, 'dit': DiT, 'vae': VAE}
 RUNS = {    # how each network is built, its passes over the data, and its learning rate at the peak
-    'unet': dict(arguments=dict(widths=(48, 64, 128)), epochs=5.0, lr=2.5e-3),     # 48: fine lines
+    'unet': dict(arguments=dict(widths=(48, 64, 128)), epochs=5.0, lr=2.5e-3),     # fine strokes
     'dit': dict(arguments={}, epochs=4.0, lr=2e-3),                        # 64 patches of 4x4
     'unet_latent': dict(arguments=dict(shape=(4, 8, 8), patch=1), epochs=5.0, lr=2.5e-3),
     'dit_latent': dict(arguments=dict(shape=(4, 8, 8), patch=2), epochs=5.0, lr=2e-3),
-    'vae': dict(arguments={}, epochs=1.5, lr=2e-3, batch_size=32, seed=0),     # before those two
+    'vae': dict(arguments={}, epochs=1.5, lr=2e-3, batch_size=32, seed=0),     # whatever is asked
 }
 
 
@@ -50,8 +50,8 @@ def load_mnist(path):
         with np.load(path, allow_pickle=False) as file:                    # arrays, never code
             for part in ('train', 'test'):
                 x, y = file[f'x_{part}'], file[f'y_{part}']                # (N, 28, 28), (N,)
-                fits = x.dtype == np.uint8 and x.shape == (*y.shape, 28, 28) and len(x.shape) == 3
-                require(fits and np.isin(y, range(10)).all(), f'{x.dtype} {x.shape}, {y.shape}')
+                fits = x.dtype == np.uint8 and x.shape == (len(y), 28, 28) and y.shape == (len(y),)
+                require(fits and len(y) and np.isin(y, range(10)).all(), f'{x.shape}, {y}')
                 x = pad(torch.from_numpy(x)[:, None], (2, 2, 2, 2))        # (N, 1, 32, 32)
                 tensors += [x, torch.from_numpy(y.astype(np.int64))]
     except Exception as error:              # a damaged or foreign file fails in one of a dozen ways
@@ -133,7 +133,7 @@ def load_checkpoint(path, device):
 # ---- Training ----------------------------------------------------------------------------------
 
 def has_bfloat16(device):
-    """Whether the hardware multiplies in bfloat16: emulated, it is far slower than float32."""
+    """Whether a GPU or x86 CPU multiplies in bfloat16: emulated, it is far slower than float32."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities() if device.type == 'cpu' else {}     # name: bool
@@ -157,20 +157,20 @@ def train(name, path, args, data, state=None, vae_state=None):
     x_train, y_train, x_test, y_test = data                                # see load_mnist
     settings = {key: vars(args)[key] for key in (*RUNS['vae'], 'data')}    # what makes the result
     require(not state or state['settings'] == settings, f'{path} has other settings; change --out')
-    torch.manual_seed(args.seed)                       # here, be the VAE just trained or read
+    first = state['step'] if state else 0              # steps done before
+    torch.manual_seed(args.seed + first)               # for a GPU's draws, which are not saved
     loss_of = cfm_loss if name != 'vae' else lambda vae, x, y: vae_loss(vae, x, beta=1e-2)[0]
     points, held_out = lambda index: to_model(x_train[index]), to_model(x_test[:1000])     # images
     if vae_state:                                      # data points are latents, not images
         vae = rebuild(vae_state).to(args.device)
         points, held_out = vae.sampler(to_model(x_train)), vae.to_latent(held_out).detach()
-    model = NETWORKS[name.removesuffix('_latent')](**args.arguments).to(args.device)   # u^θ
+    model = NETWORKS[name.removesuffix('_latent')](**args.arguments).to(args.device)   # u^θ or VAE
     average = copy.deepcopy(model).eval().requires_grad_(False)            # see update_average
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)  # in one pass
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)  # one call
     parts = dict(weights=model, average=average, optimizer=optimizer)      # what a checkpoint holds
     per_epoch = max(1, len(x_train) // args.batch_size)                    # steps
-    total, first, losses = max(1, round(args.epochs * per_epoch)), 0, []
-    if state:                                          # --resume: all as it was after that step
-        first = state['step']
+    total, losses = max(1, round(args.epochs * per_epoch)), []
+    if state:                                          # to go on, all as it was after that step
         torch.set_rng_state(state['rng'])              # the CPU's: there, resuming is exact
         for key, part in parts.items():
             part.load_state_dict(state[key])
@@ -195,14 +195,14 @@ def train(name, path, args, data, state=None, vae_state=None):
         now, done = time.monotonic(), step + 1
         if done == total or now - shown > (0.2 if sys.stdout.isatty() else 10):    # now and then
             shown, pace = now, (now - start) / (done - first)              # seconds a step
-            left = time.strftime('%H:%M:%S', time.gmtime(pace * (total - done)))
+            left = datetime.timedelta(seconds=round(pace * (total - done)))    # as 0:01:43
             show(f'{name}: epoch {done / per_epoch:.2f}, loss {np.mean(losses[-100:]):.4f}, '
                  f'{args.batch_size / pace:.0f} img/s, {left} left', passing=True)
         if done == total or interrupts or done % per_epoch == 0:
             with torch.no_grad(), torch.random.fork_rng():                 # leaves training's draws
                 torch.manual_seed(0)                                       # these: always the same
                 loss = loss_of(average, held_out, y_test[:1000])
-                if name == 'vae':                                          # for unit variance
+                if name == 'vae':                      # to_latent has divided by the old scale
                     average.latent_scale.mul_(average.to_latent(held_out).std())
             saved = dict(name=name, arguments=args.arguments, vae=vae_state, settings=settings,
                          step=done, rng=torch.get_rng_state())             # and to go on from here:
@@ -247,7 +247,7 @@ def draw(path, args, data=None):
 def run(args, name):
     """Train, unless there is a prompt; then draw. ValueError for what makes no sense, at once."""
     for key in ('epochs', 'batch_size', 'lr', 'steps'):                # nor is nan above 0
-        require(0 < vars(args)[key] < math.inf, f'--{key.replace("_", "-")} must be above 0')
+        require(0 < vars(args)[key] < 1e6, f'--{key.replace("_", "-")} must be above 0, below 1e6')
     require(all(map(math.isfinite, args.guidance)), f'--guidance: numbers, not {args.guidance}')
     require(args.prompt is None or re.fullmatch('[0-9]+', args.prompt), '--prompt takes digits')
     require(0 <= args.seed < 2 ** 63, f'--seed must be from 0 to 2^63 - 1, not {args.seed}')
