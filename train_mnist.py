@@ -202,8 +202,8 @@ def train(name, path, args, data, state=None, vae_state=None):
             with torch.no_grad(), torch.random.fork_rng():                 # leaves training's draws
                 torch.manual_seed(0)                                       # these: always the same
                 loss = loss_of(average, held_out, y_test[:1000])
-                if name == 'vae':                      # to_latent has divided by the old scale
-                    average.latent_scale.mul_(average.to_latent(held_out).std())
+                if name == 'vae':                      # 1 first: to_latent divides by the scale
+                    average.latent_scale.fill_(1).copy_(average.to_latent(held_out).std())
             saved = dict(name=name, arguments=args.arguments, vae=vae_state, settings=settings,
                          step=done, rng=torch.get_rng_state())             # and to go on from here:
             saved.update({key: part.state_dict() for key, part in parts.items()})
