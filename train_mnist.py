@@ -23,11 +23,11 @@ from vae import VAE, vae_loss                                              # §2
 
 NETWORKS = {'unet': UNet, 'dit': DiT, 'vae': VAE}
 RUNS = {    # how each network is built, its passes over the data, and its learning rate at the peak
-    'unet': dict(arguments=dict(widths=(48, 64, 128)), epochs=5.0, lr=2.5e-3),     # fine strokes
+    'unet': dict(arguments=dict(widths=(48, 64, 128)), epochs=5.0, lr=2.5e-3),     # 48: fine lines
     'dit': dict(arguments={}, epochs=4.0, lr=2e-3),                        # 64 patches of 4x4
     'unet_latent': dict(arguments=dict(shape=(4, 8, 8), patch=1), epochs=5.0, lr=2.5e-3),
     'dit_latent': dict(arguments=dict(shape=(4, 8, 8), patch=2), epochs=5.0, lr=2e-3),
-    'vae': dict(arguments={}, epochs=1.5, lr=2e-3, batch_size=32, seed=0),     # whatever is asked
+    'vae': dict(arguments={}, epochs=1.5, lr=2e-3, batch_size=32, seed=0),     # options don't apply
 }
 
 
@@ -136,7 +136,7 @@ def has_bfloat16(device):
     """Whether a GPU or x86 CPU multiplies in bfloat16: emulated, it is far slower than float32."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = torch.cpu.get_capabilities() if device.type == 'cpu' else {}     # name: bool
+    cpu = torch.cpu.get_capabilities() if device.type == 'cpu' else {}     # by name
     return cpu.get('avx512_bf16', False) or cpu.get('amx_bf16', False)
 
 
