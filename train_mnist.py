@@ -116,8 +116,8 @@ def read_checkpoint(path, name=None):
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)    # values, never code
         for part in filter(None, (state, state['vae'])):
-            rebuild(part)                              # raises what there is to raise
-            require(part['step'] > 0 and {'weights', 'optimizer', 'settings', 'rng'} <= {*part}, '')
+            rebuild(part), part['optimizer']['param_groups'], part['rng'].byte()   # raise if amiss
+            require(part['step'] > 0 and {'weights', 'settings'} <= {*part}, 'incomplete')
     except Exception as error:                                             # again, in a dozen ways
         raise ValueError(f'{path} is damaged, or no checkpoint of this program') from error
     require(name in (None, state['name']), f'{path} holds a {state["name"]}, not a {name}')
