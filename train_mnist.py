@@ -29,6 +29,7 @@ RUNS = {    # how each network is built, its passes over the data, and its learn
     'dit_latent': dict(arguments=dict(shape=(4, 8, 8), patch=2), epochs=5.0, lr=2e-3),
     'vae': dict(arguments={}, epochs=1.5, lr=2e-3, batch_size=32, seed=0),     # options don't apply
 }
+SETTINGS = 'arguments', 'epochs', 'lr', 'batch_size', 'seed', 'data'       # all that makes a result
 
 
 # ---- Data and files ----------------------------------------------------------------------------
@@ -71,13 +72,12 @@ def to_pixels(x):
 
 def write_file(path, data):
     """Write bytes to a temporary file, then move it into place: no file is ever half written."""
-    temporary = f'{path}.tmp'
+    temporary = pathlib.Path(f'{path}.tmp')
     try:
-        with open(temporary, 'wb') as file:            # killed here, the old file is still whole
-            file.write(data)
-        os.replace(temporary, path)                    # at once, or not at all
+        temporary.write_bytes(data)                    # killed here, the old file is still whole
+        temporary.replace(path)                        # at once, or not at all
     except OSError as error:                                               # a full disk, say
-        pathlib.Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise OSError(f'cannot write {path}: {error.strerror}; what was there is kept') from error
 
 
@@ -102,9 +102,7 @@ def save_png(path, pixels):
 
 def rebuild(state):
     """The network that a checkpoint describes, in eval mode, with its averaged weights."""
-    sizes = np.hstack([1, *state['arguments'].values()])
-    require(sizes.min() > 0 and sizes.max() <= 1024, f'a network of sizes {sizes}')
-    with torch.device('meta'):                         # shapes without memory: a large one is free
+    with torch.device('meta'):                         # shapes only: the values come next
         network = NETWORKS[state['name'].removesuffix('_latent')](**state['arguments'])
     network.load_state_dict(state['average'], assign=True)                 # refuses other shapes
     return network.eval()
@@ -155,13 +153,14 @@ def train(name, path, args, data, state=None, vae_state=None):
     Raises ValueError if training diverges, and KeyboardInterrupt after Ctrl-C.
     """
     x_train, y_train, x_test, y_test = data                                # see load_mnist
-    settings = {key: vars(args)[key] for key in (*RUNS['vae'], 'data')}    # what makes the result
+    settings = {key: vars(args)[key] for key in SETTINGS}
     require(not state or state['settings'] == settings, f'{path} has other settings; change --out')
     first = state['step'] if state else 0              # steps done before
     torch.manual_seed(args.seed + first)               # for a GPU's draws, which are not saved
     loss_of = cfm_loss if name != 'vae' else lambda vae, x, y: vae_loss(vae, x, beta=1e-2)[0]
-    points, held_out = lambda index: to_model(x_train[index]), to_model(x_test[:1000])     # images
-    if vae_state:                                      # data points are latents, not images
+    points = lambda index: to_model(x_train[index])    # the data points z of a batch: images, or
+    held_out = to_model(x_test[:1000])
+    if vae_state:                                      # latents, from here on
         vae = rebuild(vae_state).to(args.device)
         points, held_out = vae.sampler(to_model(x_train)), vae.to_latent(held_out).detach()
     model = NETWORKS[name.removesuffix('_latent')](**args.arguments).to(args.device)   # u^θ or VAE
@@ -253,9 +252,10 @@ def run(args, name):
     require(0 <= args.seed < 2 ** 63, f'--seed must be from 0 to 2^63 - 1, not {args.seed}')
     args.device = torch.ones(1, device=args.device).device                 # fails if there is none
     path, vae_path = os.path.join(args.out, name), os.path.join(args.out, 'vae.pt')
-    # Stopped while the VAE was learning, there is no NAME.pt yet: --resume goes on from vae.pt.
-    begun = os.path.exists(f'{path}.pt') or not (args.latent and os.path.exists(vae_path))
-    state = read_checkpoint(f'{path}.pt', name) if args.prompt or args.resume and begun else None
+    # A run stopped while the VAE was learning left no NAME.pt: --resume then goes on from vae.pt.
+    vae_only = args.latent and os.path.exists(vae_path) and not os.path.exists(f'{path}.pt')
+    needed = args.prompt or (args.resume and not vae_only)
+    state = read_checkpoint(f'{path}.pt', name) if needed else None
     data = None if args.prompt else [part.to(args.device) for part in load_mnist(args.data)]
     os.makedirs(args.out, exist_ok=True)               # better to fail now than after the training
     require(os.access(args.out, os.W_OK), f'--out {args.out} is a folder that cannot be written to')
