@@ -3,12 +3,12 @@
     python train_mnist.py                      train the U-Net on 32x32 pixels      (section 2.1)
     python train_mnist.py --model dit          train the DiT, a transformer, instead        (2.2)
     python train_mnist.py --latent             train a VAE, then the flow in its latents    (2.3)
-    python train_mnist.py --prompt 31415926    draw these digits with the trained model
+    python train_mnist.py --prompt 31415926    draw these digits with what was trained
 
 The lecture in short. A flow carries noise X_0 ~ N(0, I) along dX_t = u_t(X_t|y) dt to an image X_1
 of the digit y. A network u_t^θ(x, y) learns the field by regression: mix an image z and noise ε to
-x = t z + (1-t) ε, and ask for z - ε (1.1). One label in ten is hidden, so that it also knows the
-field of digits in general; u(x|∅) + w (u(x|y) - u(x|∅)) then turns up what the label adds (1.2).
+x = t z + (1-t) ε, and ask for z - ε (1.1). One label in ten becomes ∅, "no label", so that it also
+knows the field of digits in general; u(x|∅) + w (u(x|y) - u(x|∅)) turns up what y adds (1.2).
 """
 import argparse, copy, datetime, io, math, os, pathlib, re, shutil, signal, struct, sys, time, zlib
 
@@ -19,16 +19,16 @@ from torch.nn.functional import pad
 from dit import DiT                                                        # §2.2
 from tinyflow import cfm_loss, classify, euler, guided_velocity, sample, update_average    # §1
 from unet import UNet                                                      # §2.1
-from vae import VAE, vae_loss                                              # §2.3
+from vae import VAE, reparameterize, vae_loss                              # §2.3
 
 NETWORKS = {'unet': UNet, 'dit': DiT, 'vae': VAE}
-RUNS = {    # how each network is built, its passes over the data, and its learning rate at the peak
-    'unet': dict(arguments=dict(widths=(48, 64, 128)), epochs=5.0, lr=2.5e-3),     # 48: fine lines
-    'dit': dict(arguments={}, epochs=4.0, lr=2e-3),                        # 64 patches of 4x4
-    'unet_latent': dict(arguments=dict(shape=(4, 8, 8), patch=1), epochs=5.0, lr=2.5e-3),
-    'dit_latent': dict(arguments=dict(shape=(4, 8, 8), patch=2), epochs=5.0, lr=2e-3),
-    'vae': dict(arguments={}, epochs=1.5, lr=2e-3, batch_size=32, seed=0),     # options don't apply
-}
+RUNS = dict(    # into args, by `main`: how it is built, passes over the data, peak learning rate
+    unet=dict(arguments=dict(widths=(48, 64, 128)), epochs=5, lr=2e-3),    # 48: fine strokes
+    dit=dict(arguments={}, epochs=5, lr=3e-3),                             # 64 patches of 4x4
+    unet_latent=dict(arguments=dict(shape=(4, 8, 8), widths=(64, 128), patch=1), epochs=6, lr=2e-3),
+    dit_latent=dict(arguments=dict(shape=(4, 8, 8), patch=2, depth=6), epochs=6, lr=2e-3),
+    vae=dict(arguments={}, epochs=1.5, lr=2e-3, batch_size=32, seed=0),    # whatever the options
+)
 SETTINGS = 'arguments', 'epochs', 'lr', 'batch_size', 'seed', 'data'       # all that makes a result
 
 
@@ -113,8 +113,8 @@ def read_checkpoint(path, name=None):
     require(os.path.exists(path), f'{path} is not there: train first, without --prompt or --resume')
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)    # values, never code
-        for part in filter(None, (state, state['vae'])):
-            rebuild(part), part['optimizer']['param_groups'], part['rng'].byte()   # raise if amiss
+        for part in filter(None, (state, state['vae'])):       # use all: what is amiss raises
+            rebuild(part), part['optimizer']['param_groups'], part['rng'].byte()
             require(part['step'] > 0 and {'weights', 'settings'} <= {*part}, 'incomplete')
     except Exception as error:                                             # again, in a dozen ways
         raise ValueError(f'{path} is damaged, or no checkpoint of this program') from error
@@ -156,16 +156,16 @@ def train(name, path, args, data, state=None, vae_state=None):
     settings = {key: vars(args)[key] for key in SETTINGS}
     require(not state or state['settings'] == settings, f'{path} has other settings; change --out')
     first = state['step'] if state else 0              # steps done before
-    torch.manual_seed(args.seed + first)               # for a GPU's draws, which are not saved
-    loss_of = cfm_loss if name != 'vae' else lambda vae, x, y: vae_loss(vae, x, beta=1e-2)[0]
-    points = lambda index: to_model(x_train[index])    # the data points z of a batch: images, or
+    torch.manual_seed(args.seed + first)    # + first: a resumed GPU must not repeat its draws
+    loss_of = cfm_loss if name != 'vae' else lambda vae, x, y: vae_loss(vae, x, beta=1e-3)[0]
+    points = lambda index: to_model(x_train[index])    # the data points z of a batch: images …
     held_out = to_model(x_test[:1000])
-    if vae_state:                                      # latents, from here on
+    if vae_state:                                      # … or, for a flow in latents, those
         vae = rebuild(vae_state).to(args.device)
         points, held_out = vae.sampler(to_model(x_train)), vae.to_latent(held_out).detach()
     model = NETWORKS[name.removesuffix('_latent')](**args.arguments).to(args.device)   # u^θ or VAE
     average = copy.deepcopy(model).eval().requires_grad_(False)            # see update_average
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)  # one call
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)  # is faster
     parts = dict(weights=model, average=average, optimizer=optimizer)      # what a checkpoint holds
     per_epoch = max(1, len(x_train) // args.batch_size)                    # steps
     total, losses = max(1, round(args.epochs * per_epoch)), []
@@ -187,7 +187,7 @@ def train(name, path, args, data, state=None, vae_state=None):
         optimizer.zero_grad()                                              # gradients would add up
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)     # no batch may go too far
-        require(math.isfinite(norm), f'step {step + 1}: the loss is {loss:g}; try a lower --lr')
+        require(math.isfinite(norm), f'step {step + 1} diverged, loss {loss:g}; try a lower --lr')
         optimizer.step()
         update_average(average, model, step)                               # what will be drawn with
         losses.append(loss.item())
@@ -198,15 +198,15 @@ def train(name, path, args, data, state=None, vae_state=None):
             show(f'{name}: epoch {done / per_epoch:.2f}, loss {np.mean(losses[-100:]):.4f}, '
                  f'{args.batch_size / pace:.0f} img/s, {left} left', passing=True)
         if done == total or interrupts or done % per_epoch == 0:
-            with torch.no_grad(), torch.random.fork_rng():                 # leaves training's draws
-                torch.manual_seed(0)                                       # these: always the same
+            with torch.no_grad(), torch.random.fork_rng():     # training's draws go on afterwards
+                torch.manual_seed(0)                           # each epoch meets the same t, noise
                 loss = loss_of(average, held_out, y_test[:1000])
-                if name == 'vae':                      # 1 first: to_latent divides by the scale
-                    average.latent_scale.fill_(1).copy_(average.to_latent(held_out).std())
+                if name == 'vae':                      # the deviation of latents not yet scaled
+                    average.latent_scale.copy_(reparameterize(*average.encode(held_out)).std())
             saved = dict(name=name, arguments=args.arguments, vae=vae_state, settings=settings,
                          step=done, rng=torch.get_rng_state())             # and to go on from here:
             saved.update({key: part.state_dict() for key, part in parts.items()})
-            torch.save(saved, buffer := io.BytesIO())
+            torch.save(saved, buffer := io.BytesIO())                      # bytes for write_file
             write_file(path, buffer.getvalue())
             show(f'held-out loss {loss:.4f}, {path} written')
         if interrupts:
@@ -215,17 +215,17 @@ def train(name, path, args, data, state=None, vae_state=None):
 
 
 @torch.no_grad()
-def draw(path, args, data=None):
-    """Draw with path.pt: the prompt, or (given data) guidance, the path and the VAE's work."""
-    model, vae = load_checkpoint(f'{path}.pt', args.device)
+def draw(stem, args, data=None):
+    """Draw with stem.pt: the prompt; or, given data, guidance, X_t on its way, the VAE's work."""
+    model, vae = load_checkpoint(f'{stem}.pt', args.device)
     to_image = vae.to_image if vae else torch.clone    # pixels are images already
     save = lambda file, x, columns: save_png(file, image_grid(to_pixels(x).cpu(), columns))
-    torch.manual_seed(args.seed)                       # the same noise in each row, for every w
+    torch.manual_seed(args.seed)                       # the same seed, the same pictures
     y = torch.tensor([int(digit) for digit in args.prompt or '0123456789'], device=args.device)
     noise = torch.randn(len(y), *model.shape, device=args.device)          # (B, C, H, W)
-    # The notes' figure 2 on digits: a row for each w, a column for each label, with its own noise.
+    # The notes' figure 2 on digits: a row for each w, a column for each label, one noise a column.
     rows = torch.cat([to_image(sample(model, y, w, args.steps, noise)) for w in args.guidance])
-    picture = f'{path}_prompt.png' if args.prompt else f'{path}_guidance.png'
+    picture = f'{stem}_prompt.png' if args.prompt else f'{stem}_guidance.png'
     save(picture, rows, columns=len(y))
     if args.prompt:
         return show(f'{picture}: a row for each w of {args.guidance}')
@@ -233,12 +233,12 @@ def draw(path, args, data=None):
     states = list(euler(lambda x, t: guided_velocity(model, x, t, y, 2.0), noise, args.steps))
     times = torch.linspace(0, args.steps, 9).round().int()                 # nine of them
     rows = torch.stack([to_image(states[i]) for i in times], dim=1)        # (10, 9, 1, 32, 32)
-    save(f'{path}_path.png', rows.flatten(0, 1), columns=9)
+    save(f'{stem}_path.png', rows.flatten(0, 1), columns=9)
     x, y = to_model(data[2][:100]), data[3][:100]                          # held-out digits
     if vae:                                            # digits above, reconstructions below
         save(f'{args.out}/vae.png', torch.cat([x[:10], to_image(vae.to_latent(x[:10]))]), 10)
     right = (classify(model, vae.to_latent(x) if vae else x) == y).sum()
-    show(f'drawn: {path}_*.png; as a classifier, it reads {right} of {len(y)} test digits right')
+    show(f'drawn in {args.out}; as a classifier, it reads {right} of {len(y)} test digits right')
 
 
 # ---- The command line --------------------------------------------------------------------------
@@ -251,11 +251,11 @@ def run(args, name):
     require(args.prompt is None or re.fullmatch('[0-9]+', args.prompt), '--prompt takes digits')
     require(0 <= args.seed < 2 ** 63, f'--seed must be from 0 to 2^63 - 1, not {args.seed}')
     args.device = torch.ones(1, device=args.device).device                 # fails if there is none
-    path, vae_path = os.path.join(args.out, name), os.path.join(args.out, 'vae.pt')
+    stem, vae_path = os.path.join(args.out, name), os.path.join(args.out, 'vae.pt')
     # A run stopped while the VAE was learning left no NAME.pt: --resume then goes on from vae.pt.
-    vae_only = args.latent and os.path.exists(vae_path) and not os.path.exists(f'{path}.pt')
+    vae_only = args.latent and os.path.exists(vae_path) and not os.path.exists(f'{stem}.pt')
     needed = args.prompt or (args.resume and not vae_only)
-    state = read_checkpoint(f'{path}.pt', name) if needed else None
+    state = read_checkpoint(f'{stem}.pt', name) if needed else None
     data = None if args.prompt else [part.to(args.device) for part in load_mnist(args.data)]
     os.makedirs(args.out, exist_ok=True)               # better to fail now than after the training
     require(os.access(args.out, os.W_OK), f'--out {args.out} is a folder that cannot be written to')
@@ -263,11 +263,11 @@ def run(args, name):
         require(args.batch_size <= len(data[0]), f'--batch-size: there are {len(data[0])} digits')
         vae_state = state and state['vae']
         if args.latent and not state:      # one VAE for both networks: used if there, or finished
-            vae_state = read_checkpoint(vae_path, 'vae') if os.path.exists(vae_path) else None
-            train('vae', vae_path, argparse.Namespace(**vars(args) | RUNS['vae']), data, vae_state)
+            before = read_checkpoint(vae_path, 'vae') if os.path.exists(vae_path) else None
+            train('vae', vae_path, argparse.Namespace(**(vars(args) | RUNS['vae'])), data, before)
             vae_state = read_checkpoint(vae_path, 'vae')
-        train(name, f'{path}.pt', args, data, state, vae_state)
-    draw(path, args, data)
+        train(name, f'{stem}.pt', args, data, state, vae_state)
+    draw(stem, args, data)
 
 
 def main(argv=None):
@@ -279,7 +279,7 @@ def main(argv=None):
     add('--model', choices=('unet', 'dit'), default='unet', help='the network (%(default)s)')
     add('--latent', action='store_true', help='run the flow in the latent space of a VAE')
     add('--epochs', type=float, help='passes over the data, such as 0.5')
-    add('--batch-size', type=int, default=32, help='digits a step (%(default)s)')
+    add('--batch-size', type=int, default=64, help='digits a step (%(default)s)')
     add('--lr', type=float, help='learning rate at its peak')
     add('--guidance', type=float, nargs='+', default=[0, 1, 2, 4], metavar='W', help='scales')
     add('--steps', type=int, default=50, help='Euler steps of a drawing (%(default)s)')
@@ -290,12 +290,12 @@ def main(argv=None):
     add('--out', default='out', help='folder to write to (%(default)s)')
     add('--resume', action='store_true', help='go on with a run: the same command, and this')
     args = parser.parse_args(argv)
-    name = args.model + '_latent' * args.latent
+    name = f'{args.model}_latent' if args.latent else args.model
     parser.set_defaults(**RUNS[name])                  # what was not said is as it suits this run
     try:
         run(parser.parse_args(argv), name)
         return 0
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:   # the last: no CUDA
         hint = '' if isinstance(error, (ValueError, OSError)) else f' (on --device {args.device})'
         print(f'train_mnist.py: {error}'.splitlines()[0] + hint, file=sys.stderr)  # no traceback
         return 1
