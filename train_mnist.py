@@ -134,7 +134,7 @@ def has_bfloat16(device):
     """Whether a GPU or x86 CPU multiplies in bfloat16: emulated, it is far slower than float32."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = torch.cpu.get_capabilities() if device.type == 'cpu' else {}     # by name
+    cpu = torch.cpu.get_capabilities() if device.type == 'cpu' else {}   # {'amx_bf16': True, …}
     return cpu.get('avx512_bf16', False) or cpu.get('amx_bf16', False)
 
 
@@ -160,7 +160,7 @@ def train(name, path, args, data, state=None, vae_state=None):
     loss_of = cfm_loss if name != 'vae' else lambda vae, x, y: vae_loss(vae, x, beta=1e-3)[0]
     points = lambda index: to_model(x_train[index])    # the data points z of a batch: images …
     held_out = to_model(x_test[:1000])
-    if vae_state:                                      # … or, for a flow in latents, those
+    if vae_state:                                      # … or, for a latent flow, their latents
         vae = rebuild(vae_state).to(args.device)
         points, held_out = vae.sampler(to_model(x_train)), vae.to_latent(held_out).detach()
     model = NETWORKS[name.removesuffix('_latent')](**args.arguments).to(args.device)   # u^θ or VAE
@@ -245,7 +245,7 @@ def draw(stem, args, data=None):
 
 def run(args, name):
     """Train, unless there is a prompt; then draw. ValueError for what makes no sense, at once."""
-    for key in ('epochs', 'batch_size', 'lr', 'steps'):                # nor is nan above 0
+    for key in ('epochs', 'batch_size', 'lr', 'steps'):                # nan fails this, too
         require(0 < vars(args)[key] < 1e6, f'--{key.replace("_", "-")} must be above 0, below 1e6')
     require(all(map(math.isfinite, args.guidance)), f'--guidance: numbers, not {args.guidance}')
     require(args.prompt is None or re.fullmatch('[0-9]+', args.prompt), '--prompt takes digits')

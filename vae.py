@@ -48,8 +48,8 @@ def vae_loss(vae, x, beta):
     and times 2s²/d, with d pixels, that is the mean squared error + beta · KL/d with beta = 2s².
     So beta is the decoder's variance, but for the 2, and s = √(beta/2) how far off a pixel may be.
     A large beta buys a tidy latent space with blurred images and much noise in the latents. It is
-    small here (0.001): neither blur nor noise can be undone by the flow, which on the other hand
-    copes well with latents that are not quite N(0, I).
+    small here: the flow can undo neither blur nor noise, but copes well with latents that are not
+    quite N(0, I).
     `reconstruction` is the mean squared error of a pixel, `kl` is in nats per image.
     """
     mean, logvar = vae.encode(x)
