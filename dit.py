@@ -130,7 +130,7 @@ class DiT(nn.Module):
     or if it is not divisible by heads.
     """
 
-    def __init__(self, shape=(1, 32, 32), patch=4, dim=160, depth=4, heads=4, num_classes=10):
+    def __init__(self, shape=(1, 32, 32), patch=4, dim=160, depth=6, heads=4, num_classes=10):
         super().__init__()
         channels, height, width = shape
         if height != width or height % patch:
