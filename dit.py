@@ -67,8 +67,8 @@ class SelfAttention(nn.Module):
         B, N, dim = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, dim // self.heads)   # (B, N, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                           # 3 × (B, heads, N, d)
-        # How much token i listens to token j. Dot products of d numbers grow like √d; divided by
-        # it they stay near 1, where the softmax still has a gradient.
+        # Row i: how much token i listens to each token j; the softmax makes shares of it. Dot
+        # products of d numbers spread like √d; divided by it, they stay where it has a gradient.
         scores = q @ k.transpose(-2, -1) / math.sqrt(dim // self.heads)     # (B, heads, N, N)
         out = scores.softmax(dim=-1) @ v                               # (B, heads, N, d)
         out = out.transpose(1, 2).reshape(B, N, dim)                   # heads side by side again
@@ -86,7 +86,10 @@ def zero_linear(in_features, out_features):
 
 
 def modulate(x, scale, shift):
-    """The affine map by which the condition speaks: x (B, N, dim), scale and shift (B, 1, dim)."""
+    """The affine map by which the condition speaks: x (B, N, dim), scale and shift (B, 1, dim).
+
+    A scale and a shift of zero leave x as it is.
+    """
     return x * (1 + scale) + shift
 
 
@@ -107,9 +110,9 @@ class DiTBlock(nn.Module):
             nn.GELU(approximate='tanh'),
             nn.Linear(4 * dim, dim),
         )
-        # Zero, so both gates are zero and a new block is the identity: a deep stack begins as a
-        # shallow one, signal and gradient pass it unharmed, and each block opens its gates only as
-        # far as it helps.
+        # Zero, so both gates are zero and a new block is the identity: signal and gradient pass a
+        # deep stack unharmed, and each block opens its gates only as far as it helps. The SiLU
+        # before it (in `forward`) lets t and y, merely added in c, act on one another.
         self.modulation = zero_linear(dim, 6 * dim)
 
     def forward(self, x, c):
@@ -125,7 +128,7 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """u_t^θ(x, y) for images x (B, C, H, W), times t (B,) and labels y (B,); u is like x.
 
-    Inside, the tokens name z_hat, a guess at the data point z, from which u follows (`forward`).
+    Inside, the tokens predict z_hat, a guess at the data point z, from which u follows (`forward`).
     Raises ValueError if the image is not a square of whole patches, if dim is not divisible by 4,
     or if it is not divisible by heads.
     """
@@ -158,9 +161,10 @@ class DiT(nn.Module):
             h = block(h, c)                                            # (B, N, dim)
         scale, shift = self.last_modulation(F.silu(c))[:, None].chunk(2, dim=-1)   # 2 × (B, 1, dim)
         h = self.last(modulate(self.last_norm(h), scale, shift))       # (B, N, C patch²)
-        # The tokens name the clean image, not the velocity. Digits have few ways to be; u = z - ε
-        # has the noise in it too, a random number a pixel, which every block would have to pass on.
-        # With x, z_hat gives the velocity all the same: u_t^target(x|z_hat), section 1.1
-        # (Li & He 2025, Back to Basics: Let Denoising Generative Models Denoise).
+        # The tokens predict the clean image z, not u. A digit varies in few ways; u, which is z - ε
+        # on the straight path, has in it a random number a pixel that every block must pass on.
+        # Nothing is lost: u_t^target(x|z) is affine in z, so at the average z, z_hat = E[z|x, y],
+        # it is the average E[u_t^target(x|z)|x, y], the field that is sought (section 1.1).
+        # (Li & He 2025, Back to Basics: Let Denoising Generative Models Denoise.)
         z_hat = unpatchify(h, self.patch, self.shape)                  # (B, C, H, W)
         return conditional_vector_field(x, z_hat, t)

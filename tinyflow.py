@@ -9,13 +9,13 @@ X_1 ~ p_data(·|y). The field is a neural network, u_t^θ(x, y), and this file i
     noise     ε ~ N(0, I)                                               like z
     y         its label, 0 … num_classes-1, or num_classes for ∅        (B,) int64
     t         time, in [0, 1]                                           (B,)
-    x         X_t, a point on the way from noise to data                like z
+    x         X_t ~ p_t(·|y), a point on the way from noise to data     like z
     u         a velocity; u_target is u_t^target(x|z)                   like z
     w         the guidance scale: 0 unconditional, 1 conditional, above 1 guided
 
 A model is any nn.Module with forward(x, t, y) -> u and two attributes: `shape` = (C, H, W), and
-`null_label` = num_classes, the label that stands for ∅. Nothing else is asked of it: points in the
-plane, shape = (2,), will do as well as images.
+`null_label` = num_classes, the label that stands for ∅, "no label". Nothing else is asked of it:
+points in the plane, shape = (2,), will do as well as images.
 """
 import torch
 from torch import nn
@@ -52,7 +52,7 @@ def conditional_path(z, noise, t):
 
 
 def conditional_vector_field(x, z, t):
-    """The same u_t^target(x|z) from x (B, …) and z alone, for a network that names z; like x.
+    """The same u_t^target(x|z) without ε, from x (B, …), for a network that predicts z; like x.
 
     Solve x = α z + β ε for ε and put it into α̇ z + β̇ ε. On the straight path: (z - x) / (1 - t).
     Dividing by β_t blows up at t = 1, where β_1 = 0. So β is held above 0.05: u is exact as long as
@@ -63,7 +63,7 @@ def conditional_vector_field(x, z, t):
     return (d_alpha - ratio * alpha) * z + ratio * x  # (α̇_t - (β̇_t/β_t) α_t) z + (β̇_t/β_t) x
 
 
-# ---- 1.1 and 1.2.2  The guided loss ------------------------------------------------------------
+# ---- 1.1 and 1.2.2  Training -------------------------------------------------------------------
 
 def drop_labels(y, null_label, p_drop):
     """Each label of y (B,) becomes ∅ with probability p_drop, in a new tensor (section 1.2.2).
@@ -79,17 +79,17 @@ def cfm_loss(model, z, y, p_drop=0.1):
 
     L_CFM^guided(θ) = E ‖u_t^θ(x, y) - u_t^target(x|z)‖², (z, y) ~ p_data, t ~ Unif, x ~ p_t(·|z).
     The target belongs to one z; the best answer for given (x, t, y) is its average over all z that
-    could have led there, E[u_t^target(x|z) | x, y]: the field u_t^target(x|y) of p_data(·|y).
-    Raises ValueError unless there is one label for each data point.
+    could have led there, E[u_t^target(x|z) | x, y]: the field u_t^target(x|y) of p_data(·|y); for
+    ∅, u_t^target(x). Raises ValueError unless there is one label for each data point.
     """
     if len(z) != len(y):
         raise ValueError(f'one label a data point: got {len(z)} points and {len(y)} labels')
-    # t ~ Unif[0, 1], one from each of B equal slices: the loss then jumps less from batch to batch.
+    # Each t ~ Unif[0, 1]; together, one in each of B equal slices: so the loss jumps less.
     t = (torch.randperm(len(z), device=z.device) + torch.rand(len(z), device=z.device)) / len(z)
     noise = torch.randn_like(z)
     x, u_target = conditional_path(z, noise, t)
     u = model(x, t, drop_labels(y, model.null_label, p_drop))
-    return (u - u_target).square().mean()       # ‖·‖² divided by the dimension of z
+    return (u - u_target).square().mean()       # E over the batch; ‖·‖² divided by its dimension
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def update_average(average, model, step):
     """After each training step, move the weights of `average` a little towards those of `model`.
 
     The weights jitter around a place that is usually better than those they visit; this is their
-    exponential moving average. It reaches back 1,000 steps; less at first, to forget the start.
+    exponential moving average. It reaches back a ninth of the steps so far, at most 1,000.
     """
     decay = min(0.999, (step + 1) / (step + 10))
     for slow, fast in zip(average.parameters(), model.parameters()):
@@ -121,7 +121,7 @@ def guided_velocity(model, x, t, y, w):
         return model(x, t, null)
     both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, y]))   # (2B, C, H, W)
     u_null, u_y = both.chunk(2)                                                # 2 × (B, C, H, W)
-    return u_null + w * (u_y - u_null)
+    return u_null + w * (u_y - u_null)          # u(x|∅) + w (u(x|y) - u(x|∅))
 
 
 # ---- 1.2  Algorithm 1: sampling ----------------------------------------------------------------
@@ -129,7 +129,7 @@ def guided_velocity(model, x, t, y, w):
 def euler(velocity, x, steps):
     """Solve dX_t = velocity(X_t, t) dt from X_0 = x by Euler's method, in `steps` equal steps.
 
-    A generator: yields X_t, like x, at t = 0, 1/steps, …, 1. ValueError if there is no step.
+    A generator of X_t, like x, at t = 0, 1/steps, …, 1: all the way. ValueError if steps < 1.
     """
     if steps < 1:
         raise ValueError(f'Euler needs at least 1 step, got {steps}')
@@ -142,7 +142,7 @@ def euler(velocity, x, steps):
 
 @torch.no_grad()
 def sample(model, y, w=1.0, steps=50, noise=None):
-    """Algorithm 1: draw X_1 for each label of y (B,), (B, C, H, W); X_1 ~ p_data(·|y) if w = 1.
+    """Algorithm 1: draws X_1 (B, C, H, W) for the labels y (B,), from about p_data(·|y) if w = 1.
 
     `noise`, X_0, defaults to fresh N(0, I) of model.shape. Raises ValueError for a label that the
     model does not have.
@@ -154,7 +154,7 @@ def sample(model, y, w=1.0, steps=50, noise=None):
         noise = torch.randn(len(y), *model.shape, device=y.device)     # step 3: X_0 ~ p_init
     velocity = lambda x, t: guided_velocity(model, x, t, y, w)
     for x in euler(velocity, noise, steps):                            # step 4: the guided ODE
-        pass                                                           # only the last x is kept
+        pass    # dX_t = [(1-w) u_t^θ(X_t, ∅) + w u_t^θ(X_t, y)] dt; only X_1 is kept
     return x
 
 

@@ -26,7 +26,7 @@ def group_norm(channels):
     Batch normalisation would let the images of a batch see one another. No learned scale and shift:
     in the middle of a block the condition brings them, and elsewhere the network does without.
     """
-    return nn.GroupNorm(math.gcd(8, channels), channels, affine=False)
+    return nn.GroupNorm(math.gcd(8, channels), channels, affine=False)     # gcd: equal groups
 
 
 # ---- The residual block ------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class UNet(nn.Module):
         self.decoder = nn.ModuleList()
         for after in reversed(widths):
             # A 1x1 convolution makes the channels those of the skip; `forward` then doubles the
-            # pixels. The other way round it would cost four times as much.
+            # height and width. The other way round it would cost four times as much.
             self.up.append(nn.Identity() if before == after else nn.Conv2d(before, after, 1))
             # Twice the channels: what comes from below, and the skip from the encoder beside it.
             self.decoder.append(ResidualBlock(2 * after, after, cond_dim))
@@ -116,7 +116,7 @@ class UNet(nn.Module):
     def forward(self, x, t, y):
         c = self.condition(t, y)                                   # (B, cond_dim)
         h = F.pixel_unshuffle(x, self.patch)                       # (B, C patch², H/patch, W/patch)
-        # The same numbers with the channels of a pixel side by side, as CPUs and GPUs like best.
+        # The same numbers, the channels of a pixel side by side in memory: convolutions are faster.
         h = h.contiguous(memory_format=torch.channels_last)
         h = self.first(h)                                          # (B, widths[0], …)
 
@@ -129,7 +129,7 @@ class UNet(nn.Module):
 
         h = self.bottleneck(h, c)                                  # (B, widths[-1], …)
 
-        for level, (up, block) in enumerate(zip(self.up, self.decoder)):
+        for level, (up, block) in enumerate(zip(self.up, self.decoder)):       # deepest level first
             h = up(h)                                              # (B, channels of the skip, …)
             if level > 0:
                 h = F.interpolate(h, scale_factor=2)               # twice the height and width

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 
-# ---- The posterior q(latent|x) = N(mean, σ² I), with logvar = log σ² ---------------------------
+# ---- The posterior q(latent|x) = N(mean, σ²), a σ for each number, logvar = log σ² -------------
 
 def reparameterize(mean, logvar):
     """A sample of N(mean, exp(logvar)), like mean: the reparameterization trick.
@@ -41,19 +41,20 @@ def kl_divergence(mean, logvar):
 def vae_loss(vae, x, beta):
     """The negative ELBO for images x (B, C, H, W); returns (loss, reconstruction, kl), scalars.
 
-    The decoder is taken as a Gaussian around D(latent) with variance s² at every pixel. Then
+    The ELBO is a lower bound on log p(x), the evidence. With the decoder taken as a Gaussian around
+    D(latent), of variance s² at every pixel, its negative is
 
         E_q[-log p(x|latent)] + KL  =  E_q ‖x - D(latent)‖² / 2s² + KL + const,
 
-    and times 2s²/d, with d pixels, that is the mean squared error + beta · KL/d with beta = 2s².
-    So beta is the decoder's variance, but for the 2, and s = √(beta/2) how far off a pixel may be.
-    A large beta buys a tidy latent space with blurred images and much noise in the latents. It is
-    small here: the flow can undo neither blur nor noise, but copes well with latents that are not
-    quite N(0, I).
+    and times 2s²/d, with d = C·H·W, that is the mean squared error + beta · KL/d with beta = 2s²:
+    √(beta/2) is how far off a pixel may be. (No relation of the path's β_t.)
+    A large beta buys a tidy latent space with blurred images and much noise in the latents. Better
+    a small one, such as 1e-3: the flow can undo neither blur nor noise, but copes well with latents
+    that are not quite N(0, I).
     `reconstruction` is the mean squared error of a pixel, `kl` is in nats per image.
     """
     mean, logvar = vae.encode(x)
-    back = vae.decode(reparameterize(mean, logvar))
+    back = vae.decode(reparameterize(mean, logvar))        # one draw stands for E_q
     reconstruction = (x - back).square().mean()
     kl = kl_divergence(mean, logvar).mean()
     loss = reconstruction + beta * kl / x[0].numel()
@@ -65,8 +66,8 @@ def vae_loss(vae, x, beta):
 class VAE(nn.Module):
     """Images (B, C, H, W) in [-1, 1] to latents (B, latent_channels, H/4, W/4) and back.
 
-    `width` is the number of channels at half the height and width. Raises ValueError if H or W is
-    not divisible by 4.
+    `width` is the number of channels where the image has half its size. Raises ValueError if H or W
+    is not divisible by 4.
     """
 
     def __init__(self, shape=(1, 32, 32), latent_channels=4, width=32):
@@ -77,7 +78,7 @@ class VAE(nn.Module):
                              f'by 4, got {H}x{W}')
         self.shape = tuple(shape)
         self.latent_shape = (latent_channels, H // 4, W // 4)
-        # Shapes for MNIST with the defaults, at the end of each line.
+        # At the line ends: the shapes for MNIST with the defaults, where they change.
         self.encoder = nn.Sequential(                                          # (1, 32, 32)
             nn.Conv2d(channels, width, 4, stride=2, padding=1),                # (32, 16, 16)
             nn.SiLU(),
@@ -100,16 +101,23 @@ class VAE(nn.Module):
             nn.Conv2d(width, 4 * channels, 3, padding=1),                      # (4, 16, 16)
             nn.PixelShuffle(2),                                                # (1, 32, 32)
         )
-        self.register_buffer('latent_scale', torch.ones(()))   # their deviation, once trained
+        self.register_buffer('latent_scale', torch.ones(()))   # std of latents, set after training
 
     def encode(self, x):
         """The posterior of each image: mean and logvar, both (B, latent_channels, H/4, W/4)."""
-        x = x.contiguous(memory_format=torch.channels_last)
         return self.encoder(x).chunk(2, dim=1)
 
     def decode(self, latent):
         """The image of each latent (B, latent_channels, H/4, W/4): (B, C, H, W)."""
-        return self.decoder(latent.contiguous(memory_format=torch.channels_last))
+        return self.decoder(latent.contiguous(memory_format=torch.channels_last))  # faster so
+
+    def to_latent(self, x):
+        """z = E(x) / latent_scale, the flow's data points: a posterior sample each, variance 1."""
+        return reparameterize(*self.encode(x)) / self.latent_scale
+
+    def to_image(self, z):
+        """x̃ = D(latent_scale · z̃), the images of what the flow draws."""
+        return self.decode(z * self.latent_scale)
 
     @torch.no_grad()
     def sampler(self, x):
@@ -121,11 +129,3 @@ class VAE(nn.Module):
         posteriors = [self.encode(part) for part in x.split(1000)]
         mean, logvar = [torch.cat(parts) for parts in zip(*posteriors)]    # 2 × (N, *latent_shape)
         return lambda index: reparameterize(mean[index], logvar[index]) / self.latent_scale
-
-    def to_latent(self, x):
-        """A data point z for the flow from each image: a posterior sample, scaled to variance 1."""
-        return reparameterize(*self.encode(x)) / self.latent_scale
-
-    def to_image(self, z):
-        """The images of what the flow draws, the inverse of `to_latent`."""
-        return self.decode(z * self.latent_scale)
