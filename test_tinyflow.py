@@ -1,6 +1,5 @@
-"""What is true about flow matching, and what the README promises, as tests. Run with: pytest
-Each compares the code with something it does not share: a closed form, a finite difference,
-PyTorch's own operator, a file format's definition, or the same run a second time.
+"""What is true about flow matching and what the README promises, each against something that the
+code does not share: a closed form, a finite difference, PyTorch's own operator, a second run.
 """
 import math, os, pty, re, resource, signal, struct, subprocess, sys, time, zlib
 from pathlib import Path
@@ -19,7 +18,6 @@ from unet import ResidualBlock, UNet
 from vae import VAE, kl_divergence, reparameterize, vae_loss
 
 HERE, CPU = Path(__file__).resolve().parent, torch.device('cpu')
-
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -81,7 +79,7 @@ def test_training_draws_uniform_times_and_hides_one_label_in_ten():
         cfm_loss(field, torch.zeros(256, 2), torch.zeros(256).long())
     t, y = [torch.stack(part) for part in zip(*seen)]
     assert abs((y == field.null_label).float().mean() - 0.1) < 0.01
-    assert torch.equal((t.sort(dim=1).values * 256).floor(), torch.arange(256.0).expand(200, 256))
+    assert (t.sort(dim=1).values * 256 - torch.arange(256.0) - 0.5).abs().max() < 0.501     # slices
     assert abs(t[:, 0].mean() - 0.5) < 0.1 and abs(t[:, 0].var() - 1 / 12) < 0.02
 
 def test_labels_are_dropped_at_the_given_rate_in_a_new_tensor():
@@ -104,6 +102,13 @@ def test_the_program_in_the_readme_learns_the_field_of_each_class_and_of_both_to
     for label in range(3):
         assert error[y == label].mean() < 0.05 * truth[y == label].square().mean()
 
+def test_the_average_of_steadily_growing_weights_is_a_tenth_of_the_steps_behind():
+    model, average = nn.Linear(1, 1), nn.Linear(1, 1)
+    for step in range(100):
+        nn.init.constant_(model.weight, step)
+        tinyflow.update_average(average, model, step)
+    assert average.weight.item() == pytest.approx(0.9 * 99 - 0.1, rel=1e-4)
+
 # ---- 1.2  Guidance and sampling ----------------------------------------------------------------
 def test_both_forms_of_guidance_agree_and_w_1_and_w_0_are_the_plain_fields_in_one_plain_pass():
     x, t, y = torch.randn(8, 2), torch.rand(8), torch.arange(8) % 2
@@ -117,11 +122,9 @@ def test_both_forms_of_guidance_agree_and_w_1_and_w_0_are_the_plain_fields_in_on
     assert torch.equal(guided_velocity(field, x, t, y, 0.0), unconditional)
     assert field.asked == [16, 16, 16, 16, 8, 8]
 
-def test_euler_is_of_first_order():
+def test_euler_is_of_first_order_exact_on_straight_lines_and_shows_every_state():
     decay = lambda steps: list(euler(lambda x, t: -x, torch.ones(1), steps))[-1].item()
     assert (decay(50) - math.exp(-1)) / (decay(100) - math.exp(-1)) == pytest.approx(2, rel=0.02)
-
-def test_euler_is_exact_on_straight_lines_and_shows_every_state():
     x, v, times = torch.randn(3, 2), torch.randn(3, 2), []
     states = list(euler(lambda x, t: times.append(t) or v, x, 4))
     assert len(states) == 5 and torch.equal(states[0], x) and torch.allclose(states[-1], x + v)
@@ -156,7 +159,6 @@ def awake(model):
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
     return model.eval()
-
 
 NETWORKS = pytest.mark.parametrize('build', [
     lambda **k: UNet(widths=(16, 16), **k), lambda **k: DiT(dim=16, depth=2, heads=2, **k)])
@@ -251,11 +253,11 @@ def test_only_positions_tell_attention_the_order_of_its_tokens():
     model.position.zero_()
     assert torch.allclose(shuffle(predict(image)), predict(shuffle(image)), atol=1e-4)
 
-def test_a_new_block_is_the_identity_and_a_new_dit_names_the_same_image_for_all():
+def test_a_new_block_is_the_identity_and_a_new_dit_predicts_z_hat_0():
     h, x, t = torch.randn(2, 5, 16), torch.randn(4, 1, 32, 32), torch.rand(4)
     assert torch.equal(DiTBlock(16, heads=2)(h, torch.randn(2, 16)), h)
     u = DiT(dim=16, depth=2, heads=2)(x, t, torch.arange(4))
-    assert torch.equal(u, conditional_vector_field(x, torch.zeros_like(x), t))
+    assert torch.allclose(u, -x / (1 - t).clamp(min=0.05)[:, None, None, None])    # (0 - x)/(1 - t)
 
 # ---- 2.3  The VAE ------------------------------------------------------------------------------
 def test_the_kl_divergence_is_that_of_torch_distributions():
@@ -265,27 +267,24 @@ def test_the_kl_divergence_is_that_of_torch_distributions():
     assert torch.allclose(kl_divergence(mean, logvar), expected, rtol=1e-4)
 
 def test_reparameterized_samples_have_mean_deviation_and_gradient():
-    mean = torch.full((100_000,), 2.0, requires_grad=True)
-    logvar = torch.full((100_000,), math.log(0.25), requires_grad=True)
+    mean, logvar = [torch.full((100_000,), v, requires_grad=True) for v in (2.0, math.log(0.25))]
     latent = reparameterize(mean, logvar)
     assert abs(latent.mean() - 2) < 0.01 and abs(latent.std() - 0.5) < 0.01
     latent.sum().backward()
     assert torch.equal(mean.grad, torch.ones(100_000))
     assert torch.allclose(logvar.grad, (latent - mean).detach() / 2, atol=1e-5)
 
-def test_at_its_best_the_vae_loss_is_the_evidence_of_the_data():
+def test_at_its_best_the_vae_loss_is_minus_the_log_evidence_of_the_data():
     a, s = 0.8, 0.3         # x = a latent + s ε: p(x) = N(0, a² + s²), the posterior in closed form
-    variance = a ** 2 + s ** 2
-    class Linear:
-        shift = 0.0
-        encode = lambda self, x: (a * x / variance + self.shift,
-                                  torch.full_like(x, math.log(s ** 2 / variance)))
-        decode = lambda self, latent: a * latent
-    x, vae, beta = math.sqrt(variance) * torch.randn(200_000, 1), Linear(), 2 * s ** 2
+    variance, beta, shift = a ** 2 + s ** 2, 2 * s ** 2, 0.0
+    class vae:                                                 # used as it is, without an instance
+        encode = lambda x: (a * x / variance + shift, 0 * x + math.log(s ** 2 / variance))
+        decode = lambda latent: a * latent
+    x = math.sqrt(variance) * torch.randn(50_000, 4)
     nats = lambda: vae_loss(vae, x, beta)[0] / beta + math.log(2 * math.pi * s ** 2) / 2
     evidence = -torch.distributions.Normal(0.0, math.sqrt(variance)).log_prob(x).mean()
     assert abs(nats() - evidence) < 0.01
-    vae.shift = 0.3                                            # any other posterior does worse
+    shift = 0.3                                                # any other posterior does worse
     assert nats() > evidence + 0.1
 
 # ---- The program -------------------------------------------------------------------------------
@@ -304,7 +303,9 @@ def test_a_short_training_teaches_the_vae_to_return_its_images(digits):
         optimizer.zero_grad()
         vae_loss(vae, x[torch.randperm(len(x))[:16]], beta=1e-2)[0].backward()
         optimizer.step()
-    assert (vae.to_image(vae.to_latent(x)) - x).square().mean() < 0.3 * x.var()
+    vae.latent_scale.fill_(7)                                  # any scale: it cancels out
+    for z in (vae.to_latent(x), vae.sampler(x)(torch.arange(len(x)))):
+        assert (vae.to_image(z) - x).square().mean() < 0.3 * x.var()
 
 def command(digits, out, *more):
     return ['--data', digits, '--out', str(out), '--batch-size', '25', '--steps', '2', *more]
@@ -363,8 +364,9 @@ def test_each_run_trains_draws_and_answers_a_prompt(name, digits, tmp_path, caps
         assert decode_png(tmp_path / 'vae.png').shape == (64, 320)
 
 def same_weights(*paths):
-    one, two = [torch.load(path, weights_only=True)['weights'] for path in paths]
-    return all(torch.equal(one[key], two[key]) for key in one)
+    one, two = [torch.load(path, weights_only=True) for path in paths]
+    return all(torch.equal(one[part][key], two[part][key])
+               for part in ('weights', 'average') for key in one[part])
 
 def test_the_same_seed_gives_the_same_bytes_and_resume_goes_on_exactly(digits, tmp_path):
     one, two, cut = [tmp_path / name for name in ('one', 'two', 'cut')]
@@ -374,19 +376,17 @@ def test_the_same_seed_gives_the_same_bytes_and_resume_goes_on_exactly(digits, t
     assert all((one / file).read_bytes() == (two / file).read_bytes() for file in files)
     for moment, more in {'unet.pt.tmp': (), 'unet_guidance.png': ['--resume']}.items():
         with process(digits, cut, '--epochs', '3', *more) as run:
-            while not ((cut / 'unet.pt').exists() and (cut / moment).exists()):
+            while run.poll() is None and not {'unet.pt', moment} <= {p.name for p in cut.glob('*')}:
                 time.sleep(0.001)
             run.kill()      # kill -9 while a second checkpoint is written, then between pictures
     assert decode_png(cut / 'unet_guidance.png').shape == (128, 320)
-    assert train_mnist.main(command(digits, cut, '--epochs', '2', '--resume')) == 1
+    assert train_mnist.main(command(digits, cut, '--epochs', '2', '--resume')) == 1  # another run
     assert train_mnist.main(command(digits, cut, '--epochs', '3', '--resume')) == 0
     assert same_weights(one / 'unet.pt', cut / 'unet.pt')
 
 @pytest.mark.parametrize('loss, more', [('cfm_loss', []), ('vae_loss', ['--latent'])])
 def test_ctrl_c_saves_and_resume_goes_on_exactly(loss, more, digits, tmp_path, monkeypatch, capsys):
-    def interrupted(*args, **options):
-        signal.raise_signal(signal.SIGINT)                     # in the first step
-        return original(*args, **options)
+    interrupted = lambda *a, **k: signal.raise_signal(signal.SIGINT) or original(*a, **k)
     original, line = getattr(train_mnist, loss), ['--epochs', '1', *more]
     assert train_mnist.main(command(digits, tmp_path / 'whole', *line)) == 0
     with monkeypatch.context() as patch:
@@ -428,7 +428,7 @@ def test_bad_input_is_refused_with_one_line_and_before_any_work(digits, tmp_path
     assert train_mnist.main(command(digits, tmp_path, '--prompt', '')) == 1
     assert sorted(os.listdir(tmp_path)) == ['dit.pt', 'file', 'other.npz', 'vae.pt']
 
-def test_a_checkpoint_with_other_values_is_refused(tmp_path):
+def test_a_checkpoint_with_a_damaged_or_foreign_part_is_refused(tmp_path):
     state = dict(name='unet', arguments={}, average=UNet().state_dict(), vae=None, **TRAINING)
     torch.save(state, tmp_path / 'unet.pt')
     assert train_mnist.load_checkpoint(tmp_path / 'unet.pt', CPU)[0].shape == (1, 32, 32)

@@ -97,7 +97,7 @@ def update_average(average, model, step):
     """After each training step, move the weights of `average` a little towards those of `model`.
 
     The weights jitter around a place that is usually better than those they visit; this is their
-    exponential moving average. It reaches back a ninth of the steps so far, at most 1,000.
+    exponential moving average: on average a tenth of the steps so far old, at most 1,000 steps.
     """
     decay = min(0.999, (step + 1) / (step + 10))
     for slow, fast in zip(average.parameters(), model.parameters()):
