@@ -33,7 +33,6 @@ class Field(nn.Module):
         return self.formula(x, t, y)
 # Two classes of points in the plane, N(CENTER[y], 0.3² I), for which all fields are known.
 CENTER, DEVIATION = torch.tensor([[-1.0, 0.5], [1.0, 0.5]]), 0.3
-
 def mixture_field(x, t, y):
     """u_t(x|y) in closed form; for y = 2, which is ∅, the average weighted with p(class|x, t)."""
     t = t[:, None, None]
@@ -159,7 +158,6 @@ def awake(model):
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
     return model.eval()
-
 NETWORKS = pytest.mark.parametrize('build', [
     lambda **k: UNet(widths=(16, 16), **k), lambda **k: DiT(dim=16, depth=2, heads=2, **k)])
 
@@ -310,10 +308,12 @@ def test_a_short_training_teaches_the_vae_to_return_its_images(digits):
 def command(digits, out, *more):
     return ['--data', digits, '--out', str(out), '--batch-size', '25', '--steps', '2', *more]
 
-def process(digits, out, *more, **options):
+SMALL = {'widths': (16, 16)}        # a quick U-Net, where the program around it is what is tested
+TRAINING = dict(weights={}, optimizer={'param_groups': []}, settings={}, step=9, rng=torch.zeros(9))
+QUICK = '-c', f'import train_mnist as t; t.RUNS["unet"]["arguments"] = {SMALL}; exit(t.main())'
+def process(digits, out, *more, start=['train_mnist.py'], **options):
     options = dict(cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) | options
-    line = [sys.executable, 'train_mnist.py', *command(digits, out, *more)]
-    return subprocess.Popen(line, **options)
+    return subprocess.Popen([sys.executable, *start, *command(digits, out, *more)], **options)
 
 def decode_png(path):
     """A grey PNG as an array, by the words of the PNG specification."""
@@ -368,26 +368,28 @@ def same_weights(*paths):
     return all(torch.equal(one[part][key], two[part][key])
                for part in ('weights', 'average') for key in one[part])
 
-def test_the_same_seed_gives_the_same_bytes_and_resume_goes_on_exactly(digits, tmp_path):
+def test_the_same_seed_gives_the_same_bytes_and_resume_is_exact(digits, tmp_path, monkeypatch):
+    monkeypatch.setitem(train_mnist.RUNS['unet'], 'arguments', SMALL)
     one, two, cut = [tmp_path / name for name in ('one', 'two', 'cut')]
     for out in (one, two):
-        assert train_mnist.main(command(digits, out, '--epochs', '3')) == 0
+        assert train_mnist.main(command(digits, out, '--epochs', '2')) == 0
     files = ['unet.pt', 'unet_guidance.png', 'unet_path.png']
     assert all((one / file).read_bytes() == (two / file).read_bytes() for file in files)
     for moment, more in {'unet.pt.tmp': (), 'unet_guidance.png': ['--resume']}.items():
-        with process(digits, cut, '--epochs', '3', *more) as run:
+        with process(digits, cut, '--epochs', '2', *more, start=QUICK) as run:
             while run.poll() is None and not {'unet.pt', moment} <= {p.name for p in cut.glob('*')}:
                 time.sleep(0.001)
             run.kill()      # kill -9 while a second checkpoint is written, then between pictures
     assert decode_png(cut / 'unet_guidance.png').shape == (128, 320)
-    assert train_mnist.main(command(digits, cut, '--epochs', '2', '--resume')) == 1  # another run
-    assert train_mnist.main(command(digits, cut, '--epochs', '3', '--resume')) == 0
+    assert train_mnist.main(command(digits, cut, '--epochs', '1', '--resume')) == 1  # another run
+    assert train_mnist.main(command(digits, cut, '--epochs', '2', '--resume')) == 0
     assert same_weights(one / 'unet.pt', cut / 'unet.pt')
 
 @pytest.mark.parametrize('loss, more', [('cfm_loss', []), ('vae_loss', ['--latent'])])
 def test_ctrl_c_saves_and_resume_goes_on_exactly(loss, more, digits, tmp_path, monkeypatch, capsys):
     interrupted = lambda *a, **k: signal.raise_signal(signal.SIGINT) or original(*a, **k)
     original, line = getattr(train_mnist, loss), ['--epochs', '1', *more]
+    monkeypatch.setitem(train_mnist.RUNS['unet'], 'arguments', SMALL)
     assert train_mnist.main(command(digits, tmp_path / 'whole', *line)) == 0
     with monkeypatch.context() as patch:
         patch.setattr(train_mnist, loss, interrupted)
@@ -398,14 +400,12 @@ def test_ctrl_c_saves_and_resume_goes_on_exactly(loss, more, digits, tmp_path, m
         assert same_weights(file, tmp_path / 'cut' / file.name)
 
 def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(digits, tmp_path):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, 2 ** 20))
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 17, 2 ** 17))
     (tmp_path / 'unet.pt').write_bytes(b'as it was')
-    run = process(digits, tmp_path, '--epochs', '1', preexec_fn=limit)
+    run = process(digits, tmp_path, '--epochs', '1', start=QUICK, preexec_fn=limit)
     error = run.communicate(timeout=60)[1]
     assert run.returncode == 1 and 'cannot write' in error and error.count('\n') == 1
     assert os.listdir(tmp_path) == ['unet.pt'] and (tmp_path / 'unet.pt').read_text() == 'as it was'
-
-TRAINING = dict(weights={}, optimizer={'param_groups': []}, settings={}, step=9, rng=torch.zeros(9))
 
 def test_bad_input_is_refused_with_one_line_and_before_any_work(digits, tmp_path, capsys):
     (tmp_path / 'file').touch()                                # no folder
@@ -441,10 +441,10 @@ def test_a_checkpoint_with_a_damaged_or_foreign_part_is_refused(tmp_path):
 
 def test_on_a_terminal_progress_is_one_line_rewritten_and_head_ends_it_quietly(digits, tmp_path):
     (ours, theirs), narrow = pty.openpty(), {**os.environ, 'COLUMNS': '30', 'NO_COLOR': '1'}
-    run = process(digits, tmp_path, '--epochs', '1', stdout=theirs, env=narrow)
+    run = process(digits, tmp_path, '--epochs', '1', stdout=theirs, env=narrow, start=QUICK)
     assert run.wait(timeout=90) == 0
     progress = re.findall(r'\r(unet: [^\r\n]*)(?=\r)', text := os.read(ours, 9999).decode())
     assert progress and all(len(line) < 30 for line in progress) and '\x1b' not in text
-    run = process(digits, tmp_path, '--epochs', '1')
+    run = process(digits, tmp_path, '-h')
     run.stdout.close()                                         # as head does
     assert run.wait(timeout=90) == -signal.SIGPIPE and run.stderr.read() == ''
