@@ -23,9 +23,9 @@ from vae import VAE, reparameterize, vae_loss                              # §2
 
 NETWORKS = {'unet': UNet, 'dit': DiT, 'vae': VAE}
 RUNS = dict(    # into args, by `main`: how it is built, passes over the data, peak learning rate
-    unet=dict(arguments=dict(widths=(16, 48, 64, 128), patch=1), epochs=5, lr=2e-3),    # no fold
-    dit=dict(arguments={}, epochs=5, lr=2.5e-3),                           # 64 patches of 4x4
-    unet_latent=dict(arguments=dict(shape=(4, 8, 8), widths=(96, 128), patch=1), epochs=7, lr=2e-3),
+    unet=dict(arguments=dict(widths=(48, 64, 128)), epochs=8, lr=2e-3),    # 2x2 pixels folded
+    dit=dict(arguments={}, epochs=6, lr=2.5e-3),                           # 64 patches of 4x4
+    unet_latent=dict(arguments=dict(shape=(4, 8, 8), widths=(96, 128), patch=1), epochs=8, lr=2e-3),
     dit_latent=dict(arguments=dict(shape=(4, 8, 8), patch=2), epochs=6, lr=2e-3),
     vae=dict(arguments={}, epochs=1.5, lr=2e-3, batch_size=32, seed=0),    # whatever the options
 )

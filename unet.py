@@ -87,9 +87,7 @@ class UNet(nn.Module):
         cond_dim = 2 * widths[-1]
         self.condition = ConditionEmbedding(cond_dim, num_classes)
         # A quarter of the pixels with patch = 2, so all that follows is four times cheaper. No
-        # number is lost: the four pixels of a square become four channels. With more time, a few
-        # channels at full size before the others, widths (16, 48, 64, 128) and patch = 1, learn
-        # more in an epoch, at three quarters of the speed.
+        # number is lost: the four pixels of a square become four channels.
         self.first = nn.Conv2d(channels * patch ** 2, widths[0], 3, padding=1)
 
         self.encoder = nn.ModuleList()
