@@ -1,10 +1,10 @@
 """The Diffusion Transformer, DiT: section 2.2 of the notes, figure 4 (Peebles & Xie 2023).
 
-No convolution. The image is cut into patches, each patch becomes a vector, a token, and the tokens
-look at one another through self-attention: any patch sees any other in a single step, near or far.
-Time and label steer every block through adaptive layer norm. On MNIST:
+No convolution. As in the ViT (Dosovitskiy et al. 2020) the image is cut into patches, each becomes
+a vector, a token, and the tokens look at one another through self-attention: any sees any other in
+a single step, near or far. Time and label steer every block (see DiTBlock). On MNIST's pixels:
 
-    x (1, 32, 32) ── patchify ──> (64, 16) ── Linear, + position ──> 64 tokens (64, dim)
+    x (1, 32, 32) ── patchify ──> (64, 16) ── Linear, + position ──> tokens (64, dim)
     tokens, and c from t and y ── DiTBlock × depth ──> (64, dim) ── norm, Linear ──> (64, 16)
     (64, 16) ── unpatchify ──> z_hat (1, 32, 32) ── with x and t ──> u (1, 32, 32)
 """
@@ -22,7 +22,7 @@ from tinyflow import ConditionEmbedding, conditional_vector_field
 def patchify(x, patch):
     """Cut x (B, C, H, W) into patches, row by row: (B, N, C patch²), N = H/patch · W/patch."""
     B, C, H, W = x.shape
-    x = x.reshape(B, C, H // patch, patch, W // patch, patch)
+    x = x.reshape(B, C, H // patch, patch, W // patch, patch)      # H: which patch, where in it
     x = x.permute(0, 2, 4, 1, 3, 5)                        # (B, H/patch, W/patch, C, patch, patch)
     return x.reshape(B, -1, C * patch * patch)             # (B, N, C patch²)
 
@@ -68,7 +68,7 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, dim // self.heads)   # (B, N, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                           # 3 × (B, heads, N, d)
         # Row i: how much token i listens to each token j; the softmax makes shares of it. Dot
-        # products of d numbers spread like √d; divided by it, they stay where it has a gradient.
+        # products of d numbers spread like √d; / √d keeps them where the softmax has a gradient.
         scores = q @ k.transpose(-2, -1) / math.sqrt(dim // self.heads)     # (B, heads, N, N)
         out = scores.softmax(dim=-1) @ v                               # (B, heads, N, d)
         out = out.transpose(1, 2).reshape(B, N, dim)                   # heads side by side again
@@ -107,7 +107,7 @@ class DiTBlock(nn.Module):
         self.attention = SelfAttention(dim, heads)
         self.mlp = nn.Sequential(
             nn.Linear(dim, 4 * dim),
-            nn.GELU(approximate='tanh'),
+            nn.GELU(approximate='tanh'),       # smooth, like SiLU; the paper's choice
             nn.Linear(4 * dim, dim),
         )
         # Zero, so both gates are zero and a new block is the identity: signal and gradient pass a
@@ -117,7 +117,7 @@ class DiTBlock(nn.Module):
 
     def forward(self, x, c):
         six = self.modulation(F.silu(c))[:, None].chunk(6, dim=-1)     # 6 × (B, 1, dim)
-        scale1, shift1, gate1, scale2, shift2, gate2 = six
+        scale1, shift1, gate1, scale2, shift2, gate2 = six             # in the paper γ, β, α, twice
         x = x + gate1 * self.attention(modulate(self.norm(x), scale1, shift1))     # across tokens
         x = x + gate2 * self.mlp(modulate(self.norm(x), scale2, shift2))           # in each token
         return x
@@ -161,10 +161,10 @@ class DiT(nn.Module):
             h = block(h, c)                                            # (B, N, dim)
         scale, shift = self.last_modulation(F.silu(c))[:, None].chunk(2, dim=-1)   # 2 × (B, 1, dim)
         h = self.last(modulate(self.last_norm(h), scale, shift))       # (B, N, C patch²)
-        # The tokens predict the clean image z, not u. A digit varies in few ways; u, which is z - ε
-        # on the straight path, has in it a random number a pixel that every block must pass on.
-        # Nothing is lost: u_t^target(x|z) is affine in z, so at the average z, z_hat = E[z|x, y],
-        # it is the average E[u_t^target(x|z)|x, y], the field that is sought (section 1.1).
+        # The tokens predict the clean z, not u. A digit varies in few ways; u, which is z - ε on a
+        # straight path, has in it a random number a pixel that every block must pass on. Nothing is
+        # lost: u_t^target(x|z) is affine in z; so at the average z, z_hat = E[z|x, y], it is (up to
+        # t = 0.95) E[u_t^target(x|z)|x, y], the average field, which is the one sought (1.1).
         # (Li & He 2025, Back to Basics: Let Denoising Generative Models Denoise.)
         z_hat = unpatchify(h, self.patch, self.shape)                  # (B, C, H, W)
-        return conditional_vector_field(x, z_hat, t)
+        return conditional_vector_field(x, z_hat, t)                   # here (z_hat - x) / (1 - t)

@@ -436,7 +436,7 @@ def test_a_checkpoint_with_a_damaged_or_foreign_part_is_refused(tmp_path):
                    {'name': 'gan'}, {'average': {}}, {'arguments': {'depth': 3}}, {'vae': 7},
                    {'step': None}, {'optimizer': {}}, {'rng': 7}):
         torch.save({**state, **change}, tmp_path / 'unet.pt')
-        with pytest.raises(ValueError, match='damaged, or no checkpoint'):
+        with pytest.raises(ValueError, match='damaged or no checkpoint'):
             train_mnist.load_checkpoint(tmp_path / 'unet.pt', CPU)
 
 def test_on_a_terminal_progress_is_one_line_rewritten_and_head_ends_it_quietly(digits, tmp_path):

@@ -27,9 +27,9 @@ RUNS = dict(    # into args, by `main`: how it is built, passes over the data, p
     dit=dict(arguments={}, epochs=6, lr=2.5e-3),                           # 64 patches of 4x4
     unet_latent=dict(arguments=dict(shape=(4, 8, 8), widths=(96, 128), patch=1), epochs=8, lr=2e-3),
     dit_latent=dict(arguments=dict(shape=(4, 8, 8), patch=2), epochs=6, lr=2e-3),
-    vae=dict(arguments={}, epochs=1.5, lr=2e-3, batch_size=32, seed=0),    # whatever the options
+    vae=dict(arguments={}, epochs=1.5, lr=2e-3, batch_size=32, seed=0),    # one for all runs
 )
-SETTINGS = 'arguments', 'epochs', 'lr', 'batch_size', 'seed', 'data'       # all that makes a result
+SETTINGS = 'arguments', 'epochs', 'lr', 'batch_size', 'seed', 'data'       # what makes a run
 
 
 # ---- Data and files ----------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def load_mnist(path):
             for part in ('train', 'test'):
                 x, y = file[f'x_{part}'], file[f'y_{part}']                # (N, 28, 28), (N,)
                 fits = x.dtype == np.uint8 and x.shape == (len(y), 28, 28) and y.shape == (len(y),)
-                require(fits and len(y) and np.isin(y, range(10)).all(), f'{x.shape}, {y}')
+                require(fits and len(y) and np.isin(y, range(10)).all(), f'{x.dtype}{x.shape}, {y}')
                 x = pad(torch.from_numpy(x)[:, None], (2, 2, 2, 2))        # (N, 1, 32, 32)
                 tensors += [x, torch.from_numpy(y.astype(np.int64))]
     except Exception as error:              # a damaged or foreign file fails in one of a dozen ways
@@ -93,18 +93,17 @@ def save_png(path, pixels):
     """Write pixels (H, W) uint8 as a grey PNG file: a signature, then three chunks."""
     def chunk(tag, data):
         return struct.pack('>I', len(data)) + tag + data + struct.pack('>I', zlib.crc32(tag + data))
-    H, W = pixels.shape
-    header = chunk(b'IHDR', struct.pack('>IIBBBBB', W, H, 8, 0, 0, 0, 0))  # 8 bits, grey
+    header = struct.pack('>IIBBBBB', *reversed(pixels.shape), 8, 0, 0, 0, 0)   # W, H; 8 bits, grey
     rows = np.pad(np.asarray(pixels), ((0, 0), (1, 0))).tobytes()          # 0: row has no filter
-    body = header + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+    body = chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
     write_file(path, b'\x89PNG\r\n\x1a\n' + body)
 
 
 def rebuild(state):
     """The network that a checkpoint describes, in eval mode, with its averaged weights."""
-    with torch.device('meta'):                         # shapes only: the values come next
+    with torch.device('meta'):                         # shapes without values, so that there is
         network = NETWORKS[state['name'].removesuffix('_latent')](**state['arguments'])
-    network.load_state_dict(state['average'], assign=True)                 # refuses other shapes
+    network.load_state_dict(state['average'], assign=True)    # nothing to copy into: assign them
     return network.eval()
 
 
@@ -117,7 +116,7 @@ def read_checkpoint(path, name=None):
             rebuild(part), part['optimizer']['param_groups'], part['rng'].byte()
             require(part['step'] > 0 and {'weights', 'settings'} <= {*part}, 'incomplete')
     except Exception as error:                                             # again, in a dozen ways
-        raise ValueError(f'{path} is damaged, or no checkpoint of this program') from error
+        raise ValueError(f'{path} is unreadable, damaged or no checkpoint of tinyflow') from error
     require(name in (None, state['name']), f'{path} holds a {state["name"]}, not a {name}')
     return state
 
@@ -156,7 +155,7 @@ def train(name, path, args, data, state=None, vae_state=None):
     settings = {key: vars(args)[key] for key in SETTINGS}
     require(not state or state['settings'] == settings, f'{path} has other settings; change --out')
     first = state['step'] if state else 0              # steps done before
-    torch.manual_seed(args.seed + first)    # + first: a resumed GPU must not repeat its draws
+    torch.manual_seed(args.seed)
     loss_of = cfm_loss if name != 'vae' else lambda vae, x, y: vae_loss(vae, x, beta=1e-3)[0]
     points = lambda index: to_model(x_train[index])    # the data points z of a batch: images …
     held_out = to_model(x_test[:1000])
@@ -170,6 +169,7 @@ def train(name, path, args, data, state=None, vae_state=None):
     per_epoch = max(1, len(x_train) // args.batch_size)                    # steps
     total, losses = max(1, round(args.epochs * per_epoch)), []
     if state:                                          # to go on, all as it was after that step
+        torch.manual_seed(args.seed + first)           # a GPU must not repeat its draws
         torch.set_rng_state(state['rng'])              # the CPU's: there, resuming is exact
         for key, part in parts.items():
             part.load_state_dict(state[key])
@@ -218,7 +218,7 @@ def train(name, path, args, data, state=None, vae_state=None):
 def draw(stem, args, data=None):
     """Draw with stem.pt: the prompt; or, given data, guidance, X_t on its way, the VAE's work."""
     model, vae = load_checkpoint(f'{stem}.pt', args.device)
-    to_image = vae.to_image if vae else torch.clone    # pixels are images already
+    to_image = vae.to_image if vae else (lambda z: z)    # pixels are images already
     save = lambda file, x, columns: save_png(file, image_grid(to_pixels(x).cpu(), columns))
     torch.manual_seed(args.seed)                       # the same seed, the same pictures
     y = torch.tensor([int(digit) for digit in args.prompt or '0123456789'], device=args.device)
@@ -231,13 +231,13 @@ def draw(stem, args, data=None):
         return show(f'{picture}: a row for each w of {args.guidance}')
     # X_t on its way from noise to data, at w = 2: a row for each label, a column for each time.
     states = list(euler(lambda x, t: guided_velocity(model, x, t, y, 2.0), noise, args.steps))
-    times = torch.linspace(0, args.steps, 9).round().int()                 # nine of them
-    rows = torch.stack([to_image(states[i]) for i in times], dim=1)        # (10, 9, 1, 32, 32)
-    save(f'{stem}_path.png', rows.flatten(0, 1), columns=9)
+    rows = torch.stack([to_image(states[round(k * args.steps / 8)]) for k in range(9)], dim=1)
+    save(f'{stem}_path.png', rows.flatten(0, 1), columns=9)                # (10, 9, 1, 32, 32)
     x, y = to_model(data[2][:100]), data[3][:100]                          # held-out digits
+    z = vae.to_latent(x) if vae else x
     if vae:                                            # digits above, reconstructions below
-        save(f'{args.out}/vae.png', torch.cat([x[:10], to_image(vae.to_latent(x[:10]))]), 10)
-    right = (classify(model, vae.to_latent(x) if vae else x) == y).sum()
+        save(f'{args.out}/vae.png', torch.cat([x[:10], to_image(z[:10])]), min(10, len(x)))
+    right = (classify(model, z) == y).sum()
     show(f'drawn in {args.out}; as a classifier, it reads {right} of {len(y)} test digits right')
 
 
@@ -300,7 +300,7 @@ def main(argv=None):
         print(f'train_mnist.py: {error}'.splitlines()[0] + hint, file=sys.stderr)  # no traceback
         return 1
     except KeyboardInterrupt:
-        print('stopped; --resume goes on from NAME.pt, if it was begun', file=sys.stderr)
+        print('stopped; the same command with --resume goes on with what is saved', file=sys.stderr)
         return 130                                     # what a shell gives for Ctrl-C
 
 

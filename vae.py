@@ -41,13 +41,14 @@ def kl_divergence(mean, logvar):
 def vae_loss(vae, x, beta):
     """The negative ELBO for images x (B, C, H, W); returns (loss, reconstruction, kl), scalars.
 
-    The ELBO is a lower bound on log p(x), the evidence. With the decoder taken as a Gaussian around
-    D(latent), of variance s² at every pixel, its negative is
+    The ELBO, the evidence lower bound, is one on log p(x). The prior of the latents is N(0, I), the
+    posterior q(latent|x) is the encoder's. With the decoder taken as a Gaussian around D(latent),
+    of variance s² at every pixel, the negative ELBO is
 
-        E_q[-log p(x|latent)] + KL  =  E_q ‖x - D(latent)‖² / 2s² + KL + const,
+        E_q[-log p(x|latent)] + KL(q ‖ N(0, I))  =  E_q ‖x - D(latent)‖² / (2s²) + KL + const,
 
     and times 2s²/d, with d = C·H·W, that is the mean squared error + beta · KL/d with beta = 2s²:
-    √(beta/2) is how far off a pixel may be. (No relation of the path's β_t.)
+    s = √(beta/2), 0.022 for 1e-3, is the error that counts as normal. (Not the path's β_t.)
     A large beta buys a tidy latent space with blurred images and much noise in the latents. Better
     a small one, such as 1e-3: the flow can undo neither blur nor noise, but copes well with latents
     that are not quite N(0, I).
@@ -57,7 +58,7 @@ def vae_loss(vae, x, beta):
     back = vae.decode(reparameterize(mean, logvar))        # one draw stands for E_q
     reconstruction = (x - back).square().mean()
     kl = kl_divergence(mean, logvar).mean()
-    loss = reconstruction + beta * kl / x[0].numel()
+    loss = reconstruction + beta * kl / x[0].numel()       # d = C·H·W numbers in an image
     return loss, reconstruction, kl
 
 
@@ -101,7 +102,7 @@ class VAE(nn.Module):
             nn.Conv2d(width, 4 * channels, 3, padding=1),                      # (4, 16, 16)
             nn.PixelShuffle(2),                                                # (1, 32, 32)
         )
-        self.register_buffer('latent_scale', torch.ones(()))   # std of latents, set after training
+        self.register_buffer('latent_scale', torch.ones(()))   # std of latents, set by the training
 
     def encode(self, x):
         """The posterior of each image: mean and logvar, both (B, latent_channels, H/4, W/4)."""
@@ -109,10 +110,14 @@ class VAE(nn.Module):
 
     def decode(self, latent):
         """The image of each latent (B, latent_channels, H/4, W/4): (B, C, H, W)."""
-        return self.decoder(latent.contiguous(memory_format=torch.channels_last))  # faster so
+        return self.decoder(latent.contiguous(memory_format=torch.channels_last))  # see unet.py
 
     def to_latent(self, x):
-        """z = E(x) / latent_scale, the flow's data points: a posterior sample each, variance 1."""
+        """z = E(x) / latent_scale, the flow's data points, E(x) a sample of the posterior.
+
+        Divided by their deviation, all latents together, they are spread like the noise they are
+        mixed with, as pixels in [-1, 1] about are (Rombach et al. 2022, section G).
+        """
         return reparameterize(*self.encode(x)) / self.latent_scale
 
     def to_image(self, z):
