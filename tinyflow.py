@@ -121,7 +121,7 @@ def guided_velocity(model, x, t, y, w):
         return model(x, t, null)
     both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, y]))   # (2B, C, H, W)
     u_null, u_y = both.chunk(2)                                                # 2 × (B, C, H, W)
-    return u_null + w * (u_y - u_null)          # u(x|∅) + w (u(x|y) - u(x|∅))
+    return u_null + w * (u_y - u_null)          # u(x, ∅) + w (u(x, y) - u(x, ∅))
 
 
 # ---- 1.2  Algorithm 1: sampling ----------------------------------------------------------------

@@ -8,7 +8,7 @@
 The lecture in short. A flow carries noise X_0 ~ N(0, I) along dX_t = u_t(X_t|y) dt to an image X_1
 of the digit y. A network u_t^θ(x, y) learns the field by regression: mix an image z and noise ε to
 x = t z + (1-t) ε, and ask for z - ε (1.1). One label in ten becomes ∅, "no label", so that it also
-knows the field of digits in general; u(x|∅) + w (u(x|y) - u(x|∅)) turns up what y adds (1.2).
+knows the field of digits in general; u(x, ∅) + w (u(x, y) - u(x, ∅)) turns up what y adds (1.2).
 """
 import argparse, copy, datetime, io, math, os, pathlib, re, shutil, signal, struct, sys, time, zlib
 

@@ -41,8 +41,8 @@ def kl_divergence(mean, logvar):
 def vae_loss(vae, x, beta):
     """The negative ELBO for images x (B, C, H, W); returns (loss, reconstruction, kl), scalars.
 
-    The ELBO, the evidence lower bound, is one on log p(x). The prior of the latents is N(0, I), the
-    posterior q(latent|x) is the encoder's. With the decoder taken as a Gaussian around D(latent),
+    The ELBO is the evidence lower bound, the evidence being log p(x). The prior of the latents is
+    N(0, I), their posterior q(latent|x) is the encoder's. With the decoder taken as a Gaussian around D(latent),
     of variance s² at every pixel, the negative ELBO is
 
         E_q[-log p(x|latent)] + KL(q ‖ N(0, I))  =  E_q ‖x - D(latent)‖² / (2s²) + KL + const,
@@ -102,7 +102,7 @@ class VAE(nn.Module):
             nn.Conv2d(width, 4 * channels, 3, padding=1),                      # (4, 16, 16)
             nn.PixelShuffle(2),                                                # (1, 32, 32)
         )
-        self.register_buffer('latent_scale', torch.ones(()))   # std of latents, set by the training
+        self.register_buffer('latent_scale', torch.ones(()))  # std of latents, by train_mnist.train
 
     def encode(self, x):
         """The posterior of each image: mean and logvar, both (B, latent_channels, H/4, W/4)."""
@@ -116,7 +116,7 @@ class VAE(nn.Module):
         """z = E(x) / latent_scale, the flow's data points, E(x) a sample of the posterior.
 
         Divided by their deviation, all latents together, they are spread like the noise they are
-        mixed with, as pixels in [-1, 1] about are (Rombach et al. 2022, section G).
+        mixed with, as pixels in [-1, 1] about are (Rombach et al. 2022, appendix G).
         """
         return reparameterize(*self.encode(x)) / self.latent_scale
 
