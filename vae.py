@@ -42,8 +42,8 @@ def vae_loss(vae, x, beta):
     """The negative ELBO for images x (B, C, H, W); returns (loss, reconstruction, kl), scalars.
 
     The ELBO is the evidence lower bound, the evidence being log p(x). The prior of the latents is
-    N(0, I), their posterior q(latent|x) is the encoder's. With the decoder taken as a Gaussian around D(latent),
-    of variance s² at every pixel, the negative ELBO is
+    N(0, I), their posterior q(latent|x) is the encoder's. With the decoder taken as a Gaussian
+    around D(latent), of variance s² at every pixel, the negative ELBO is
 
         E_q[-log p(x|latent)] + KL(q ‖ N(0, I))  =  E_q ‖x - D(latent)‖² / (2s²) + KL + const,
 
