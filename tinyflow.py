@@ -9,7 +9,7 @@ X_1 ~ p_data(·|y). The field is a neural network, u_t^θ(x, y), and this file i
     noise     ε ~ N(0, I)                                               like z
     y         its label, 0 … num_classes-1, or num_classes for ∅        (B,) int64
     t         time, in [0, 1]                                           (B,)
-    x         X_t ~ p_t(·|y), a point on the way from noise to data     like z
+    x         X_t ~ p_t(·|z): over all z with label y, X_t ~ p_t(·|y)   like z
     u         a velocity; u_target is u_t^target(x|z)                   like z
     w         the guidance scale: 0 unconditional, 1 conditional, above 1 guided
 
@@ -52,14 +52,14 @@ def conditional_path(z, noise, t):
 
 
 def conditional_vector_field(x, z, t):
-    """The same u_t^target(x|z) without ε, from x (B, …), for a network that predicts z; like x.
+    """The same u_t^target(x|z) without ε, from x (B, …), for a network that predicts z (the DiT).
 
     Solve x = α z + β ε for ε and put it into α̇ z + β̇ ε. On the straight path: (z - x) / (1 - t).
     Dividing by β_t blows up at t = 1, where β_1 = 0. So β is held above 0.05: u is exact as long as
     β_t is, here up to t = 0.95; after that the noise in x counts for less than it should.
     """
     alpha, beta, d_alpha, d_beta = path_coefficients(t, x)
-    ratio = d_beta / beta.clamp(min=0.05)
+    ratio = d_beta / beta.clamp(min=0.05)             # β̇_t/β_t
     return (d_alpha - ratio * alpha) * z + ratio * x  # (α̇_t - (β̇_t/β_t) α_t) z + (β̇_t/β_t) x
 
 
@@ -79,16 +79,16 @@ def cfm_loss(model, z, y, p_drop=0.1):
 
     L_CFM^guided(θ) = E ‖u_t^θ(x, y) - u_t^target(x|z)‖², (z, y) ~ p_data, t ~ Unif, x ~ p_t(·|z).
     The target belongs to one z; the best answer for given (x, t, y) is its average over all z that
-    could have led there, E[u_t^target(x|z) | x, y]: the field u_t^target(x|y) of p_data(·|y); for
+    x may be on its way to, E[u_t^target(x|z) | x, y]: the field u_t^target(x|y) of p_data(·|y); for
     ∅, u_t^target(x). Raises ValueError unless there is one label for each data point.
     """
     if len(z) != len(y):
         raise ValueError(f'one label a data point: got {len(z)} points and {len(y)} labels')
-    # Each t ~ Unif[0, 1]; together, one in each of B equal slices: so the loss jumps less.
+    # Each t ~ Unif[0, 1], but one in each of B equal slices, shuffled: the loss jumps less.
     t = (torch.randperm(len(z), device=z.device) + torch.rand(len(z), device=z.device)) / len(z)
     noise = torch.randn_like(z)
     x, u_target = conditional_path(z, noise, t)
-    u = model(x, t, drop_labels(y, model.null_label, p_drop))
+    u = model(x, t, drop_labels(y, model.null_label, p_drop))          # u_t^θ(x, y), or u_t^θ(x, ∅)
     return (u - u_target).square().mean()       # E over the batch; ‖·‖² divided by its dimension
 
 
@@ -110,9 +110,9 @@ def guided_velocity(model, x, t, y, w):
     """The guided field ũ_t(x|y) = (1-w) u_t^θ(x, ∅) + w u_t^θ(x, y), like x (section 1.2).
 
     Written as u(x, ∅) + w (u(x, y) - u(x, ∅)) it says what w > 1 does: go on, past the field of the
-    label y, in the direction that y adds (Ho & Salimans 2022, where w is this w - 1). Both halves
-    go through the network as one batch of 2B, which costs less than two of B; where w leaves one
-    of them out, it is not computed.
+    label y, in the direction that y adds (Ho & Salimans 2022; their w is our w - 1). Both fields
+    come from one batch of 2B, which costs less than two of B; where w leaves one of them out, it
+    is not computed.
     """
     null = torch.full_like(y, model.null_label)
     if w == 1:
@@ -136,7 +136,7 @@ def euler(velocity, x, steps):
     yield x
     for i in range(steps):
         t = torch.full((len(x),), i / steps, device=x.device)
-        x = x + velocity(x, t) / steps          # X_{t+h} = X_t + h u_t(X_t), h = 1/steps
+        x = x + velocity(x, t) / steps          # X_{t+h} = X_t + h u_t(X_t|y), h = 1/steps
         yield x
 
 
@@ -152,9 +152,9 @@ def sample(model, y, w=1.0, steps=50, noise=None):
         raise ValueError(f'labels are 0 … {model.null_label} (the last is ∅), got {y.tolist()}')
     if noise is None:
         noise = torch.randn(len(y), *model.shape, device=y.device)     # step 3: X_0 ~ p_init
-    velocity = lambda x, t: guided_velocity(model, x, t, y, w)
-    for x in euler(velocity, noise, steps):                            # step 4: the guided ODE
-        pass    # dX_t = [(1-w) u_t^θ(X_t, ∅) + w u_t^θ(X_t, y)] dt; only X_1 is kept
+    velocity = lambda x, t: guided_velocity(model, x, t, y, w)         # (1-w) u(x, ∅) + w u(x, y)
+    for x in euler(velocity, noise, steps):                            # step 4: dX_t = velocity dt
+        pass                                                           # only X_1 is kept
     return x
 
 
@@ -170,7 +170,7 @@ def classify(model, z, draws=16):
     """
     error = torch.zeros(len(z), model.null_label, device=z.device)     # (B, num_classes)
     for i in range(draws):
-        t = (i + torch.rand(len(z), device=z.device)) / draws          # draw i: from slice i
+        t = (i + torch.rand(len(z), device=z.device)) / draws          # t ~ Unif, draw i in slice i
         x, u_target = conditional_path(z, torch.randn_like(z), t)
         for label in range(model.null_label):
             y = torch.full((len(z),), label, device=z.device)
@@ -188,9 +188,9 @@ class ConditionEmbedding(nn.Module):
 
     def __init__(self, dim, num_classes):
         super().__init__()
-        # Waves from slow to fast, as in Attention Is All You Need: the slow ones tell early from
-        # late, the fast ones tell neighbours apart. A bare t would enter as one weak number.
-        self.register_buffer('frequencies', torch.logspace(0, 3, dim // 2))    # 1 … 1000 rad
+        # Waves from slow to fast, like those of Attention Is All You Need: the slow ones tell early
+        # from late, the fast ones tell nearby times apart. A bare t would enter as one weak number.
+        self.register_buffer('frequencies', torch.logspace(0, 3, dim // 2))    # 1 … 1000
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Embedding(num_classes + 1, dim)    # ∅ is one more row, learned like a class
 

@@ -1,4 +1,4 @@
-"""The U-Net: section 2.1 of the notes, figure 3 (Ronneberger et al. 2015).
+"""The U-Net: section 2.1 of the notes, its figure 3 (Ronneberger et al. 2015).
 
 A convolution sees 3x3 pixels, but a seven must look like a seven as a whole. So the encoder halves
 the image level by level, until few pixels, each with many channels, say what it shows; the decoder
@@ -54,7 +54,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x, c):
         h = self.conv1(F.silu(self.norm1(x)))                      # (B, out_channels, H, W)
-        # The affine map: t and y set the gain and the offset of every channel, the same at all
+        # The affine map: t and y set the scale and the shift of every channel, the same at all
         # pixels. 1 + scale, so that a small weight changes little (Perez et al. 2018, FiLM).
         affine = self.affine(F.silu(c))[:, :, None, None]          # (B, 2 out_channels, 1, 1)
         scale, shift = affine.chunk(2, dim=1)                      # 2 × (B, out_channels, 1, 1)
@@ -68,9 +68,10 @@ class ResidualBlock(nn.Module):
 class UNet(nn.Module):
     """u_t^θ(x, y) for images x (B, C, H, W), times t (B,) and labels y (B,); u is like x.
 
-    `widths` are the channels of each level, top to bottom. `patch` > 1 folds each patch x patch
-    square of pixels into channels first and unfolds it last. Raises ValueError if H or W cannot be
-    folded and then halved len(widths) - 1 times.
+    The defaults are those of MNIST: x in R^{1x32x32}, y in {0, …, 9, ∅} (Lab Three). `widths` are
+    the channels of each level, top to bottom. `patch` > 1 folds each patch x patch square of pixels
+    into channels first and unfolds it last. Raises ValueError if H or W cannot be folded and then
+    halved len(widths) - 1 times.
     """
 
     def __init__(self, shape=(1, 32, 32), widths=(32, 64, 128), num_classes=10, patch=2):
@@ -84,7 +85,7 @@ class UNet(nn.Module):
         self.null_label = num_classes
         self.patch = patch
 
-        cond_dim = 2 * widths[-1]
+        cond_dim = 2 * widths[-1]          # twice the widest level: a choice, not a must
         self.condition = ConditionEmbedding(cond_dim, num_classes)
         # A quarter of the pixels with patch = 2, so all that follows is four times cheaper. No
         # number is lost: the four pixels of a square become four channels.
@@ -100,7 +101,7 @@ class UNet(nn.Module):
         self.decoder = nn.ModuleList()
         for after in reversed(widths):
             # A 1x1 convolution makes the channels those of the skip; `forward` then doubles the
-            # height and width. The other way round it would cost four times as much.
+            # height and width. The other way round would give the same, at four times the cost.
             self.up.append(nn.Identity() if before == after else nn.Conv2d(before, after, 1))
             # Twice the channels: what comes from below, and the skip from the encoder beside it.
             self.decoder.append(ResidualBlock(2 * after, after, cond_dim))
@@ -109,13 +110,13 @@ class UNet(nn.Module):
         self.last_norm = group_norm(widths[0])
         self.last = nn.Conv2d(widths[0], channels * patch ** 2, 3, padding=1)
         # Zero: a new network predicts u = 0, and does not spend its first steps unlearning a random
-        # image.
+        # image. The first step moves this layer alone; then gradients reach the others through it.
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x, t, y):
         c = self.condition(t, y)                                   # (B, cond_dim)
-        h = F.pixel_unshuffle(x, self.patch)                       # (B, C patch², H/patch, W/patch)
+        h = F.pixel_unshuffle(x, self.patch)                       # fold: (B, C patch², H/patch, …)
         # The same numbers, the channels of a pixel side by side in memory: convolutions are faster.
         h = h.to(memory_format=torch.channels_last)
         h = self.first(h)                                          # (B, widths[0], …)
@@ -129,11 +130,11 @@ class UNet(nn.Module):
 
         h = self.bottleneck(h, c)                                  # (B, widths[-1], …)
 
-        for level, (up, block) in enumerate(zip(self.up, self.decoder)):       # deepest level first
+        for i, (up, block) in enumerate(zip(self.up, self.decoder)):           # i = 0: the deepest
             h = up(h)                                              # (B, channels of the skip, …)
-            if level > 0:
+            if i > 0:
                 h = F.interpolate(h, scale_factor=2)               # twice the height and width
             h = block(torch.cat([h, skips.pop()], dim=1), c)       # (B, channels of the skip, …)
 
         u = self.last(F.silu(self.last_norm(h)))                   # (B, C patch², …)
-        return F.pixel_shuffle(u, self.patch)                      # (B, C, H, W)
+        return F.pixel_shuffle(u, self.patch)                      # unfold: (B, C, H, W)
