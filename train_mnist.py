@@ -101,9 +101,9 @@ def save_png(path, pixels):
 
 def rebuild(state):
     """The network that a checkpoint describes, in eval mode, with its averaged weights."""
-    with torch.device('meta'):                         # shapes without values, so that there is
+    with torch.device('meta'):                         # shapes only, no memory for values
         network = NETWORKS[state['name'].removesuffix('_latent')](**state['arguments'])
-    network.load_state_dict(state['average'], assign=True)    # nothing to copy into: assign them
+    network.load_state_dict(state['average'], assign=True)    # assign: they bring their own
     return network.eval()
 
 
@@ -218,7 +218,7 @@ def train(name, path, args, data, state=None, vae_state=None):
 def draw(stem, args, data=None):
     """Draw with stem.pt: the prompt; or, given data, guidance, X_t on its way, the VAE's work."""
     model, vae = load_checkpoint(f'{stem}.pt', args.device)
-    to_image = vae.to_image if vae else (lambda z: z)    # pixels are images already
+    to_image = vae.to_image if vae else lambda z: z      # pixels are images already
     save = lambda file, x, columns: save_png(file, image_grid(to_pixels(x).cpu(), columns))
     torch.manual_seed(args.seed)                       # the same seed, the same pictures
     y = torch.tensor([int(digit) for digit in args.prompt or '0123456789'], device=args.device)
@@ -232,7 +232,7 @@ def draw(stem, args, data=None):
     # X_t on its way from noise to data, at w = 2: a row for each label, a column for each time.
     states = list(euler(lambda x, t: guided_velocity(model, x, t, y, 2.0), noise, args.steps))
     rows = torch.stack([to_image(states[round(k * args.steps / 8)]) for k in range(9)], dim=1)
-    save(f'{stem}_path.png', rows.flatten(0, 1), columns=9)                # (10, 9, 1, 32, 32)
+    save(f'{stem}_path.png', rows.flatten(0, 1), columns=9)                # from (10, 9, 1, 32, 32)
     x, y = to_model(data[2][:100]), data[3][:100]                          # held-out digits
     z = vae.to_latent(x) if vae else x
     if vae:                                            # digits above, reconstructions below

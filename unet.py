@@ -85,7 +85,7 @@ class UNet(nn.Module):
         self.null_label = num_classes
         self.patch = patch
 
-        cond_dim = 2 * widths[-1]          # twice the widest level: a choice, not a must
+        cond_dim = 2 * widths[-1]          # even, as ConditionEmbedding needs it
         self.condition = ConditionEmbedding(cond_dim, num_classes)
         # A quarter of the pixels with patch = 2, so all that follows is four times cheaper. No
         # number is lost: the four pixels of a square become four channels.

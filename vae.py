@@ -102,7 +102,7 @@ class VAE(nn.Module):
             nn.Conv2d(width, 4 * channels, 3, padding=1),                      # (4, 16, 16)
             nn.PixelShuffle(2),                                                # (1, 32, 32)
         )
-        self.register_buffer('latent_scale', torch.ones(()))  # std of latents, by train_mnist.train
+        self.register_buffer('latent_scale', torch.ones(()))  # std of latents; train_mnist sets it
 
     def encode(self, x):
         """The posterior of each image: mean and logvar, both (B, latent_channels, H/4, W/4)."""
