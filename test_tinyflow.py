@@ -350,7 +350,7 @@ def test_each_run_trains_draws_and_answers_a_prompt(name, digits, tmp_path, caps
     which = ['--model', name.split('_')[0]] + ['--latent'] * ('latent' in name)
     assert train_mnist.main(command(digits, tmp_path, '--epochs', '1', *which)) == 0
     printed = capsys.readouterr().out
-    assert re.search(r'\d+ img/s', printed) and 'held-out loss' in printed and 'of 6 test' in printed
+    assert re.search(r'\d+ img/s', printed) and 'held-out loss' in printed and 'of 6 ' in printed
     assert train_mnist.main(command(digits, tmp_path, '--prompt', '271', *which)) == 0
     for picture, size in {'guidance': (128, 320), 'path': (320, 288), 'prompt': (128, 96)}.items():
         assert decode_png(tmp_path / f'{name}_{picture}.png').shape == size
