@@ -23,7 +23,7 @@ from vae import VAE, reparameterize, vae_loss                              # §2
 
 NETWORKS = {'unet': UNet, 'dit': DiT, 'vae': VAE}
 RUNS = dict(    # into args, by `main`: how it is built, passes over the data, peak learning rate
-    unet=dict(arguments=dict(widths=(48, 64, 128)), epochs=8, lr=2e-3),    # 2x2 pixels folded
+    unet=dict(arguments=dict(widths=(48, 64, 128)), epochs=8, lr=2e-3),    # 2x2 folded: see UNet
     dit=dict(arguments={}, epochs=6, lr=2.5e-3),                           # 64 patches of 4x4
     unet_latent=dict(arguments=dict(shape=(4, 8, 8), widths=(96, 128), patch=1), epochs=8, lr=2e-3),
     dit_latent=dict(arguments=dict(shape=(4, 8, 8), patch=2), epochs=6, lr=2e-3),
@@ -71,7 +71,7 @@ def to_pixels(x):
 
 
 def write_file(path, data):
-    """Write bytes to a temporary file, then move it into place: no file is ever half written."""
+    """Write bytes to a temporary file, then move it into place: `path` is never half written."""
     temporary = pathlib.Path(f'{path}.tmp')
     try:
         temporary.write_bytes(data)                    # killed here, the old file is still whole
@@ -85,7 +85,7 @@ def image_grid(images, columns):
     """Images (N, 1, H, W) uint8 as one picture (rows H, columns W) uint8, filled row by row."""
     N, _, H, W = images.shape                                              # grey: one channel
     rows = math.ceil(N / columns)                                          # the last may be short
-    grid = pad(images[:, 0], (0, 0, 0, 0, 0, rows * columns - N))          # black where none left
+    grid = pad(images[:, 0], (0, 0, 0, 0, 0, rows * columns - N))          # after the last: black
     return grid.reshape(rows, columns, H, W).transpose(1, 2).reshape(rows * H, columns * W)
 
 
@@ -103,7 +103,7 @@ def rebuild(state):
     """The network that a checkpoint describes, in eval mode, with its averaged weights."""
     with torch.device('meta'):                         # shapes only, no memory for values
         network = NETWORKS[state['name'].removesuffix('_latent')](**state['arguments'])
-    network.load_state_dict(state['average'], assign=True)    # assign: they bring their own
+    network.load_state_dict(state['average'], assign=True)    # assign: take these as they are
     return network.eval()
 
 
@@ -112,7 +112,7 @@ def read_checkpoint(path, name=None):
     require(os.path.exists(path), f'{path} is not there: train first, without --prompt or --resume')
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)    # values, never code
-        for part in filter(None, (state, state['vae'])):       # use all: what is amiss raises
+        for part in filter(None, (state, state['vae'])):       # look all up: what is amiss raises
             rebuild(part), part['optimizer']['param_groups'], part['rng'].byte()
             require(part['step'] > 0 and {'weights', 'settings'} <= {*part}, 'incomplete')
     except Exception as error:                                             # again, in a dozen ways
@@ -166,10 +166,10 @@ def train(name, path, args, data, state=None, vae_state=None):
     average = copy.deepcopy(model).eval().requires_grad_(False)            # see update_average
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)  # is faster
     parts = dict(weights=model, average=average, optimizer=optimizer)      # what a checkpoint holds
-    per_epoch = max(1, len(x_train) // args.batch_size)                    # steps
+    per_epoch = max(1, len(x_train) // args.batch_size)        # steps, drawing with replacement
     total, losses = max(1, round(args.epochs * per_epoch)), []
     if state:                                          # to go on, all as it was after that step
-        torch.manual_seed(args.seed + first)           # a GPU must not repeat its draws
+        torch.manual_seed(args.seed + first)           # for a GPU, whose state is not saved
         torch.set_rng_state(state['rng'])              # the CPU's: there, resuming is exact
         for key, part in parts.items():
             part.load_state_dict(state[key])
@@ -199,12 +199,12 @@ def train(name, path, args, data, state=None, vae_state=None):
                  f'{args.batch_size / pace:.0f} img/s, {left} left', passing=True)
         if done == total or interrupts or done % per_epoch == 0:
             with torch.no_grad(), torch.random.fork_rng():     # training's draws go on afterwards
-                torch.manual_seed(0)                           # each epoch meets the same t, noise
+                torch.manual_seed(0)                           # each epoch meets the same t, ε, ∅
                 loss = loss_of(average, held_out, y_test[:1000])
-                if name == 'vae':                      # the deviation of latents not yet scaled
+                if name == 'vae':                      # by which latents get deviation 1
                     average.latent_scale.copy_(reparameterize(*average.encode(held_out)).std())
             saved = dict(name=name, arguments=args.arguments, vae=vae_state, settings=settings,
-                         step=done, rng=torch.get_rng_state())             # and to go on from here:
+                         step=done, rng=torch.get_rng_state())     # to resume: these and the parts
             saved.update({key: part.state_dict() for key, part in parts.items()})
             torch.save(saved, buffer := io.BytesIO())                      # bytes for write_file
             write_file(path, buffer.getvalue())
@@ -254,7 +254,7 @@ def run(args, name):
     stem, vae_path = os.path.join(args.out, name), os.path.join(args.out, 'vae.pt')
     # A run stopped while the VAE was learning left no NAME.pt: --resume then goes on from vae.pt.
     vae_only = args.latent and os.path.exists(vae_path) and not os.path.exists(f'{stem}.pt')
-    needed = args.prompt or (args.resume and not vae_only)
+    needed = args.prompt or (args.resume and not vae_only)     # NAME.pt must be there
     state = read_checkpoint(f'{stem}.pt', name) if needed else None
     data = None if args.prompt else [part.to(args.device) for part in load_mnist(args.data)]
     os.makedirs(args.out, exist_ok=True)               # better to fail now than after the training
@@ -262,7 +262,7 @@ def run(args, name):
     if data:
         require(args.batch_size <= len(data[0]), f'--batch-size: there are {len(data[0])} digits')
         vae_state = state and state['vae']
-        if args.latent and not state:      # one VAE for both networks: used if there, or finished
+        if args.latent and not state:      # one VAE for both networks: trained unless it is done
             before = read_checkpoint(vae_path, 'vae') if os.path.exists(vae_path) else None
             train('vae', vae_path, argparse.Namespace(**(vars(args) | RUNS['vae'])), data, before)
             vae_state = read_checkpoint(vae_path, 'vae')
@@ -291,7 +291,7 @@ def main(argv=None):
     add('--resume', action='store_true', help='go on with a run: the same command, and this')
     args = parser.parse_args(argv)
     name = f'{args.model}_latent' if args.latent else args.model
-    parser.set_defaults(**RUNS[name])                  # what was not said is as it suits this run
+    parser.set_defaults(**RUNS[name])                  # parsed again, they fill what was not given
     try:
         run(parser.parse_args(argv), name)
         return 0
