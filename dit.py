@@ -107,7 +107,7 @@ class DiTBlock(nn.Module):
         self.attention = SelfAttention(dim, heads)
         self.mlp = nn.Sequential(
             nn.Linear(dim, 4 * dim),
-            nn.GELU(approximate='tanh'),       # smooth, like SiLU; the paper's choice
+            nn.GELU(),                         # smooth, like SiLU; the paper's choice
             nn.Linear(4 * dim, dim),
         )
         # Zero, so both gates are zero and a new block is the identity: signal and gradient pass a
