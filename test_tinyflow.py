@@ -416,8 +416,8 @@ def test_bad_input_is_refused_with_one_line_and_before_any_work(digits, tmp_path
     for line, message in {
             '--prompt 12a': 'takes digits', '--prompt 7': 'train first', '--resume': 'train first',
             '--model dit --prompt 7': 'damaged', '--lr nan': '--lr', '--epochs 0': '--epochs',
-            '--steps 0': '--steps', '--batch-size 0': '--batch', '--guidance 1 inf': '--guidance',
-            '--device cuda:99': '--device', '--device x': '--device', f'--seed {2 ** 70}': '--seed',
+            '--steps 0': '--steps', '--batch-size 0': '--batch', '--guidance 1 1e9': '--guidance',
+            '--device cuda:99': '--device', '--device hpu': 'hpu', f'--seed {2 ** 70}': '--seed',
             '--batch-size 201': '200 digits', '--data nowhere.npz': 'nowhere.npz',
             f'--data {tmp_path}/other.npz': 'other.npz', f'--data {__file__}': 'does not hold',
             f'--out {tmp_path}/file': 'file', '--lr 1e5': 'lower --lr',
