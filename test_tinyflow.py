@@ -417,11 +417,11 @@ def test_bad_input_is_refused_with_one_line_and_before_any_work(digits, tmp_path
             '--prompt 12a': 'takes digits', '--prompt 7': 'train first', '--resume': 'train first',
             '--model dit --prompt 7': 'damaged', '--lr nan': '--lr', '--epochs 0': '--epochs',
             '--steps 0': '--steps', '--batch-size 0': '--batch', '--guidance 1 1e9': '--guidance',
-            '--device cuda:99': '--device', '--device hpu': 'hpu', f'--seed {2 ** 70}': '--seed',
+            '--device cuda:99': '--device', '--device hpu': '--device', f'--seed {2**70}': '--seed',
             '--batch-size 201': '200 digits', '--data nowhere.npz': 'nowhere.npz',
             f'--data {tmp_path}/other.npz': 'other.npz', f'--data {__file__}': 'does not hold',
-            f'--out {tmp_path}/file': 'file', '--lr 1e5': 'lower --lr',
-            '--latent': 'vae.pt has other settings'}.items():
+            '--lr 1e5': 'lower --lr', '--lr 1e5 --batch-size 200': 'step 1 diverged: not saved',
+            f'--out {tmp_path}/file': 'file', '--latent': 'vae.pt has other settings'}.items():
         assert train_mnist.main(command(digits, tmp_path, *line.split())) == 1, line
         error = capsys.readouterr().err
         assert message in error and error.count('\n') == 1, error

@@ -178,7 +178,7 @@ def train(name, path, args, data, state=None, vae_state=None):
     start = shown = time.monotonic()                   # in seconds
     for step in range(first, total):
         index = torch.randint(len(x_train), (args.batch_size,), device=args.device)        # (B,)
-        # The rate rises for a twentieth of the run, then falls on half a cosine, to come to rest.
+        # Warm-up, as first steps overshoot; then half a cosine to zero, so that the weights rest.
         rise, fall = min(1, 20 * (step + 1) / total), (1 + math.cos(math.pi * step / total)) / 2
         optimizer.param_groups[0]['lr'] = args.lr * rise * fall           # the group of all weights
         with torch.autocast(args.device.type, torch.bfloat16, enabled=has_bfloat16(args.device)):
@@ -200,7 +200,7 @@ def train(name, path, args, data, state=None, vae_state=None):
             with torch.no_grad(), torch.random.fork_rng():     # training's draws go on afterwards
                 torch.manual_seed(0)                           # each epoch meets the same t, ε, ∅
                 loss = loss_of(average, held_out, y_test[:1000])
-                require(math.isfinite(loss), f'step {done} diverged, loss {loss:g}; lower --lr')
+                require(math.isfinite(loss), f'step {done} diverged: not saved; try a lower --lr')
                 if name == 'vae':                      # by which latents get deviation 1
                     average.latent_scale.copy_(reparameterize(*average.encode(held_out)).std())
             saved = dict(name=name, arguments=args.arguments, vae=vae_state, settings=settings,
@@ -247,7 +247,7 @@ def run(args, name):
     """Train, unless there is a prompt; then draw. ValueError for what makes no sense, at once."""
     for key in ('epochs', 'batch_size', 'lr', 'steps'):                # nan fails this, too
         require(0 < vars(args)[key] < 1e6, f'--{key.replace("_", "-")} must be above 0, below 1e6')
-    require(all(abs(w) < 1e3 for w in args.guidance), f'--guidance: no sense in {args.guidance}')
+    require(all(abs(w) < 1e3 for w in args.guidance), f'--guidance needs |w|<1000: {args.guidance}')
     require(args.prompt is None or re.fullmatch('[0-9]+', args.prompt), '--prompt takes digits')
     require(0 <= args.seed < 2 ** 63, f'--seed must be from 0 to 2^63 - 1, not {args.seed}')
     args.device = torch.ones(1, device=args.device).device                 # fails if there is none
@@ -295,9 +295,9 @@ def main(argv=None):
     try:
         run(parser.parse_args(argv), name)
         return 0
-    except (ValueError, OSError, RuntimeError, AssertionError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, AssertionError, ImportError) as error:  # also: no GPU
         hint = '' if isinstance(error, (ValueError, OSError)) else f' (on --device {args.device})'
-        print(f'train_mnist.py: {error}'.splitlines()[0] + hint, file=sys.stderr)  # one line
+        print(f'train_mnist.py: {error}'.splitlines()[0] + hint, file=sys.stderr)  # no traceback
         return 1
     except KeyboardInterrupt:
         print('stopped; the same command with --resume goes on with what is saved', file=sys.stderr)
