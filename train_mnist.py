@@ -295,7 +295,7 @@ def main(argv=None):
     try:
         run(parser.parse_args(argv), name)
         return 0
-    except (ValueError, OSError, RuntimeError, AssertionError, ImportError) as error:  # also: no GPU
+    except (ValueError, OSError, RuntimeError, AssertionError, ImportError) as error:  # or no GPU
         hint = '' if isinstance(error, (ValueError, OSError)) else f' (on --device {args.device})'
         print(f'train_mnist.py: {error}'.splitlines()[0] + hint, file=sys.stderr)  # no traceback
         return 1
