@@ -1,6 +1,5 @@
 """What is true about flow matching and what the README promises, each against something that the
-code does not share: a closed form, a finite difference, PyTorch's own operator, a second run.
-"""
+code does not share: a closed form, a finite difference, PyTorch's own operator, a second run."""
 import math, os, pty, re, resource, signal, struct, subprocess, sys, time, zlib
 from pathlib import Path
 
@@ -14,20 +13,17 @@ import tinyflow, train_mnist
 from dit import DiT, DiTBlock, SelfAttention, patchify, position_embedding, unpatchify
 from tinyflow import (ConditionEmbedding, cfm_loss, classify, conditional_path, euler, sample,
                       conditional_vector_field, drop_labels, gaussian_path, guided_velocity)
-from unet import ResidualBlock, UNet
+from unet import ResidualBlock, UNet, orthogonalize_gradients
 from vae import VAE, kl_divergence, reparameterize, vae_loss
 
 HERE, CPU = Path(__file__).resolve().parent, torch.device('cpu')
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+seed = pytest.fixture(autouse=True)(lambda: torch.manual_seed(0))      # before each test
 class Field(nn.Module):
     """A model whose velocity is a formula u(x, t, y); it notes how many points it was asked for."""
     def __init__(self, formula):
         super().__init__()
         self.formula, self.shape, self.null_label, self.asked = formula, (2,), 2, []
-
     def forward(self, x, t, y):
         self.asked.append(len(x))
         return self.formula(x, t, y)
@@ -111,14 +107,13 @@ def test_the_average_of_steadily_growing_weights_is_a_tenth_of_the_steps_behind(
 # ---- 1.2  Guidance and sampling ----------------------------------------------------------------
 def test_both_forms_of_guidance_agree_and_w_1_and_w_0_are_the_plain_fields_in_one_plain_pass():
     x, t, y = torch.randn(8, 2), torch.rand(8), torch.arange(8) % 2
-    conditional = mixture_field(x, t, y)
-    unconditional = mixture_field(x, t, torch.full_like(y, 2))
+    u_y, u_null = mixture_field(x, t, y), mixture_field(x, t, torch.full_like(y, 2))
     field = Field(mixture_field)
     for w in (-1.0, 0.5, 2.0, 4.0):
-        expected = (1 - w) * unconditional + w * conditional
+        expected = (1 - w) * u_null + w * u_y
         assert torch.allclose(guided_velocity(field, x, t, y, w), expected, atol=1e-5)
-    assert torch.equal(guided_velocity(field, x, t, y, 1), conditional)
-    assert torch.equal(guided_velocity(field, x, t, y, 0.0), unconditional)
+    assert torch.equal(guided_velocity(field, x, t, y, 1), u_y)
+    assert torch.equal(guided_velocity(field, x, t, y, 0.0), u_null)
     assert field.asked == [16, 16, 16, 16, 8, 8]
 
 def test_euler_is_of_first_order_exact_on_straight_lines_and_shows_every_state():
@@ -192,6 +187,7 @@ def test_training_and_sampling_never_name_a_device(build):
     with torch.device('meta'):      # has shapes, no values: a tensor made elsewhere would not mix
         model, z, y = build(), torch.zeros(4, 1, 32, 32), torch.zeros(4).long()
     cfm_loss(model, z, y).backward()
+    orthogonalize_gradients(model)
     assert sample(model, y, w=2.0, steps=2).is_meta and classify(model, z, draws=1).is_meta
 
 @pytest.mark.parametrize('call, message', [
@@ -226,11 +222,17 @@ def test_skips_carry_what_the_bottleneck_cannot():
         block.register_forward_hook(silence)
     assert difference() == 0
 
+def test_orthogonalized_gradients_keep_their_directions_and_get_sizes_near_1():
+    conv, (U, V) = nn.Conv2d(6, 4, 3), [torch.linalg.qr(torch.randn(n, 4))[0] for n in (4, 54)]
+    conv.weight.grad = (U * torch.tensor([5, 1, 0.1, 0.02]) @ V.T).reshape(4, 6, 3, 3)
+    orthogonalize_gradients(conv)
+    sizes = U.T @ conv.weight.grad.flatten(1) @ V              # a diagonal matrix
+    assert torch.allclose(sizes, sizes.diag().clamp(0.68, 1.21).diag(), atol=1e-3)
+
 # ---- 2.2  The DiT ------------------------------------------------------------------------------
 @pytest.mark.parametrize('shape, patch', [((1, 32, 32), 4), ((3, 8, 12), 2)])
 def test_patchify_is_unfold_and_unpatchify_its_inverse(shape, patch):
-    x = torch.randn(2, *shape)
-    tokens = patchify(x, patch)
+    tokens = patchify(x := torch.randn(2, *shape), patch)
     assert torch.equal(tokens, F.unfold(x, patch, stride=patch).transpose(1, 2))
     assert torch.equal(unpatchify(tokens, patch, shape), x)
 
@@ -307,14 +309,12 @@ def test_a_short_training_teaches_the_vae_to_return_its_images(digits):
 
 def command(digits, out, *more):
     return ['--data', digits, '--out', str(out), '--batch-size', '25', '--steps', '2', *more]
-
 SMALL = {'widths': (16, 16)}        # a quick U-Net, where the program around it is what is tested
 TRAINING = dict(weights={}, optimizer={'param_groups': []}, settings={}, step=9, rng=torch.zeros(9))
 QUICK = '-c', f'import train_mnist as t; t.RUNS["unet"]["arguments"] = {SMALL}; exit(t.main())'
 def process(digits, out, *more, start=['train_mnist.py'], **options):
     options = dict(cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) | options
     return subprocess.Popen([sys.executable, *start, *command(digits, out, *more)], **options)
-
 def decode_png(path):
     """A grey PNG as an array, by the words of the PNG specification."""
     data, at, chunks = path.read_bytes(), 8, {}

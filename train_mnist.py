@@ -14,20 +14,19 @@ import argparse, copy, datetime, io, math, os, pathlib, re, shutil, signal, stru
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
 
 from dit import DiT                                                        # §2.2
 from tinyflow import cfm_loss, classify, euler, guided_velocity, sample, update_average    # §1
-from unet import UNet                                                      # §2.1
+from unet import UNet, orthogonalize_gradients                             # §2.1
 from vae import VAE, reparameterize, vae_loss                              # §2.3
 
 NETWORKS = {'unet': UNet, 'dit': DiT, 'vae': VAE}
 RUNS = dict(    # into args, by `main`: how it is built, passes over the data, peak learning rate
-    unet=dict(arguments=dict(widths=(48, 64, 128)), epochs=8, lr=2e-3),    # 2x2 folded: see UNet
+    unet=dict(arguments=dict(widths=(48, 64, 128)), epochs=4, lr=2e-3),    # 2x2 folded: see UNet
     dit=dict(arguments={}, epochs=6, lr=2.5e-3),                           # 64 patches of 4x4
-    unet_latent=dict(arguments=dict(shape=(4, 8, 8), widths=(96, 128), patch=1), epochs=8, lr=2e-3),
+    unet_latent=dict(arguments=dict(shape=(4, 8, 8), widths=(96, 128), patch=1), epochs=6, lr=2e-3),
     dit_latent=dict(arguments=dict(shape=(4, 8, 8), patch=2), epochs=6, lr=2e-3),
-    vae=dict(arguments={}, epochs=1.5, lr=2e-3, batch_size=32, seed=0),    # one for all runs
+    vae=dict(arguments={}, epochs=1, lr=2e-3, batch_size=32, seed=0),      # one for all runs
 )
 SETTINGS = 'arguments', 'epochs', 'lr', 'batch_size', 'seed', 'data'       # what makes a run
 
@@ -53,7 +52,7 @@ def load_mnist(path):
                 x, y = file[f'x_{part}'], file[f'y_{part}']                # (N, 28, 28), (N,)
                 fits = x.dtype == np.uint8 and x.shape == (len(y), 28, 28) and y.shape == (len(y),)
                 require(fits and len(y) and np.isin(y, range(10)).all(), f'{x.dtype}{x.shape}, {y}')
-                x = pad(torch.from_numpy(x)[:, None], (2, 2, 2, 2))        # (N, 1, 32, 32)
+                x = torch.nn.functional.pad(torch.from_numpy(x)[:, None], (2, 2, 2, 2))
                 tensors += [x, torch.from_numpy(y.astype(np.int64))]
     except Exception as error:              # a damaged or foreign file fails in one of a dozen ways
         raise ValueError(f'{path} does not hold digits like data/mnist.npz: {error}') from error
@@ -85,7 +84,7 @@ def image_grid(images, columns):
     """Images (N, 1, H, W) uint8 as one picture (rows H, columns W) uint8, filled row by row."""
     N, _, H, W = images.shape                                              # grey: one channel
     rows = math.ceil(N / columns)                                          # the last may be short
-    grid = pad(images[:, 0], (0, 0, 0, 0, 0, rows * columns - N))          # after the last: black
+    grid = torch.nn.functional.pad(images[:, 0], (0, 0, 0, 0, 0, rows * columns - N))   # black
     return grid.reshape(rows, columns, H, W).transpose(1, 2).reshape(rows * H, columns * W)
 
 
@@ -187,6 +186,7 @@ def train(name, path, args, data, state=None, vae_state=None):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)     # no batch may go too far
         require(math.isfinite(norm), f'step {step + 1} diverged, loss {loss:g}; try a lower --lr')
+        orthogonalize_gradients(model)                                     # of convolutions
         optimizer.step()
         update_average(average, model, step)                               # what will be drawn with
         losses.append(loss.item())
