@@ -52,8 +52,8 @@ def load_mnist(path):
                 x, y = file[f'x_{part}'], file[f'y_{part}']                # (N, 28, 28), (N,)
                 fits = x.dtype == np.uint8 and x.shape == (len(y), 28, 28) and y.shape == (len(y),)
                 require(fits and len(y) and np.isin(y, range(10)).all(), f'{x.dtype}{x.shape}, {y}')
-                x = torch.nn.functional.pad(torch.from_numpy(x)[:, None], (2, 2, 2, 2))
-                tensors += [x, torch.from_numpy(y.astype(np.int64))]
+                x = np.pad(x[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))   # (N, 1, 32, 32)
+                tensors += [torch.from_numpy(x), torch.from_numpy(y.astype(np.int64))]
     except Exception as error:              # a damaged or foreign file fails in one of a dozen ways
         raise ValueError(f'{path} does not hold digits like data/mnist.npz: {error}') from error
     return tuple(tensors)
@@ -84,7 +84,7 @@ def image_grid(images, columns):
     """Images (N, 1, H, W) uint8 as one picture (rows H, columns W) uint8, filled row by row."""
     N, _, H, W = images.shape                                              # grey: one channel
     rows = math.ceil(N / columns)                                          # the last may be short
-    grid = torch.nn.functional.pad(images[:, 0], (0, 0, 0, 0, 0, rows * columns - N))   # black
+    grid = torch.nn.functional.pad(images[:, 0], (0, 0, 0, 0, 0, rows * columns - N))  # rest: black
     return grid.reshape(rows, columns, H, W).transpose(1, 2).reshape(rows * H, columns * W)
 
 
@@ -186,7 +186,7 @@ def train(name, path, args, data, state=None, vae_state=None):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)     # no batch may go too far
         require(math.isfinite(norm), f'step {step + 1} diverged, loss {loss:g}; try a lower --lr')
-        orthogonalize_gradients(model)                                     # of convolutions
+        orthogonalize_gradients(model)                     # of convolutions: a DiT has none
         optimizer.step()
         update_average(average, model, step)                               # what will be drawn with
         losses.append(loss.item())

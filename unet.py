@@ -146,20 +146,21 @@ class UNet(nn.Module):
 def orthogonalize_gradients(model):
     """Even out the gradients of all convolutions: between backward and the optimizer's step.
 
-    As a matrix (out, in·3·3) a gradient is a sum of directions u vᵀ, each with a size, its singular
-    value. A few are large, so a plain step moves along these and hardly along the rest. With all
-    sizes made about 1 every direction is learned at once, which here takes half the images. Adam
-    alone can't: it evens out the numbers in the matrix, one by one. (After Jordan et al. 2024,
-    Muon, who do this to the running mean of the gradients, and mostly in linear layers.)
+    As a matrix (out, in·k·k), for kernels of k x k, a gradient is a sum of directions a bᵀ, each
+    with a size, its singular value. A few are large, so a plain step moves along these and hardly
+    along the rest. With all sizes made about 1 every direction is learned at once, which here takes
+    about half the images. Adam alone can't: it evens out the entries of the matrix, one by one.
+    (After Jordan et al. 2024, Muon, who do this to the running mean of the gradients, and mostly in
+    linear layers.)
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            gradient = module.weight.grad                          # (out, in, 3, 3)
-            X = gradient.flatten(1)                                # (out, in·3·3)
-            X = X / (X.norm() + 1e-12)                             # now no size is above 1
-            # (X Xᵀ) X has the directions of X and its sizes cubed: so each round makes every size s
+            gradient = module.weight.grad                          # (out, in, k, k)
+            G = gradient.flatten(1)                                # (out, in·k·k)
+            G = G / (G.norm() + 1e-12)         # now no size is above 1; a zero gradient stays zero
+            # (G Gᵀ) G has the directions of G and its sizes cubed: so each round makes every size s
             # 3.4445 s - 4.775 s³ + 2.0315 s⁵, and five take all from 0.002 to 1 into 0.7 … 1.2.
             for _ in range(5):
-                A = X @ X.T                                        # (out, out)
-                X = 3.4445 * X + (2.0315 * A @ A - 4.775 * A) @ X
-            module.weight.grad = X.reshape(gradient.shape)
+                A = G @ G.T                                        # (out, out)
+                G = 3.4445 * G + (2.0315 * A @ A - 4.775 * A) @ G
+            module.weight.grad = G.reshape(gradient.shape)
