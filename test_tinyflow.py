@@ -227,7 +227,7 @@ def test_orthogonalized_gradients_keep_their_directions_and_get_sizes_near_1():
     conv.weight.grad = (U * torch.tensor([5, 1, 0.1, 0.02]) @ V.T).reshape(4, 6, 3, 3)
     orthogonalize_gradients(conv)
     sizes = U.T @ conv.weight.grad.flatten(1) @ V              # a diagonal matrix
-    assert torch.allclose(sizes, sizes.diag().clamp(0.68, 1.21).diag(), atol=1e-3)
+    assert torch.allclose(sizes, sizes.diag().clamp(0.68, 1.21).diag(), atol=5e-3)
 
 # ---- 2.2  The DiT ------------------------------------------------------------------------------
 @pytest.mark.parametrize('shape, patch', [((1, 32, 32), 4), ((3, 8, 12), 2)])

@@ -21,14 +21,14 @@ from unet import UNet, orthogonalize_gradients                             # §2
 from vae import VAE, reparameterize, vae_loss                              # §2.3
 
 NETWORKS = {'unet': UNet, 'dit': DiT, 'vae': VAE}
-RUNS = dict(    # into args, by `main`: how it is built, passes over the data, peak learning rate
-    unet=dict(arguments=dict(widths=(48, 64, 128)), epochs=4, lr=2e-3),    # 2x2 folded: see UNet
-    dit=dict(arguments={}, epochs=6, lr=2.5e-3),                           # 64 patches of 4x4
-    unet_latent=dict(arguments=dict(shape=(4, 8, 8), widths=(96, 128), patch=1), epochs=6, lr=2e-3),
-    dit_latent=dict(arguments=dict(shape=(4, 8, 8), patch=2), epochs=6, lr=2e-3),
-    vae=dict(arguments={}, epochs=1, lr=2e-3, batch_size=32, seed=0),      # one for all runs
+RUNS = dict(    # into args, by `main`: how it is built, passes over the data, batch size, peak rate
+    unet=dict(arguments=dict(widths=(16, 48, 64, 128), patch=1), epochs=4, batch_size=128, lr=3e-3),
+    dit=dict(arguments=dict(dim=192, depth=4, heads=3), epochs=4.5, batch_size=64, lr=3e-3),
+    unet_latent=dict(arguments=dict(shape=(4, 8, 8), widths=(96, 128), patch=1),
+                     epochs=6, batch_size=128, lr=3e-3),
+    dit_latent=dict(arguments=dict(shape=(4, 8, 8), patch=2), epochs=6.5, batch_size=64, lr=2e-3),
+    vae=dict(arguments={}, epochs=2, batch_size=32, lr=2e-3, seed=0),      # one for all runs
 )
-SETTINGS = 'arguments', 'epochs', 'lr', 'batch_size', 'seed', 'data'       # what makes a run
 
 
 # ---- Data and files ----------------------------------------------------------------------------
@@ -128,12 +128,12 @@ def load_checkpoint(path, device):
 
 # ---- Training ----------------------------------------------------------------------------------
 
-def has_bfloat16(device):
-    """Whether a GPU or x86 CPU multiplies in bfloat16: emulated, it is far slower than float32."""
-    if device.type == 'cuda':
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+def autocast(device):
+    """A context where matrices multiply in bfloat16, if a GPU or x86 CPU has it in hardware."""
     cpu = torch.cpu.get_capabilities() if device.type == 'cpu' else {}   # {'amx_bf16': True, …}
-    return cpu.get('avx512_bf16', False) or cpu.get('amx_bf16', False)
+    gpu = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+    fast = gpu or cpu.get('avx512_bf16', False) or cpu.get('amx_bf16', False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)  # emulated, it is far slower
 
 
 def show(line, passing=False):
@@ -151,7 +151,7 @@ def train(name, path, args, data, state=None, vae_state=None):
     Raises ValueError if training diverges, and KeyboardInterrupt after Ctrl-C.
     """
     x_train, y_train, x_test, y_test = data                                # see load_mnist
-    settings = {key: vars(args)[key] for key in SETTINGS}
+    settings = {key: vars(args)[key] for key in (*RUNS[name], 'seed', 'data')}  # make a run
     require(not state or state['settings'] == settings, f'{path} has other settings; change --out')
     first = state['step'] if state else 0              # steps done before
     torch.manual_seed(args.seed)
@@ -180,7 +180,7 @@ def train(name, path, args, data, state=None, vae_state=None):
         # Warm-up, as first steps overshoot; then half a cosine to zero, so that the weights rest.
         rise, fall = min(1, 20 * (step + 1) / total), (1 + math.cos(math.pi * step / total)) / 2
         optimizer.param_groups[0]['lr'] = args.lr * rise * fall           # the group of all weights
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=has_bfloat16(args.device)):
+        with autocast(args.device):
             loss = loss_of(model, points(index), y_train[index])           # (z, y) ~ p_data
         optimizer.zero_grad()                                              # gradients would add up
         loss.backward()
@@ -214,7 +214,6 @@ def train(name, path, args, data, state=None, vae_state=None):
     signal.signal(signal.SIGINT, signal.default_int_handler)               # from here on, at once
 
 
-@torch.no_grad()
 def draw(stem, args, data=None):
     """Draw with stem.pt: the prompt; or, given data, guidance, X_t on its way, the VAE's work."""
     model, vae = load_checkpoint(f'{stem}.pt', args.device)
@@ -267,7 +266,8 @@ def run(args, name):
             train('vae', vae_path, argparse.Namespace(**(vars(args) | RUNS['vae'])), data, before)
             vae_state = read_checkpoint(vae_path, 'vae')
         train(name, f'{stem}.pt', args, data, state, vae_state)
-    draw(stem, args, data)
+    with torch.no_grad(), autocast(args.device):
+        draw(stem, args, data)
 
 
 def main(argv=None):
@@ -279,7 +279,7 @@ def main(argv=None):
     add('--model', choices=('unet', 'dit'), default='unet', help='the network (%(default)s)')
     add('--latent', action='store_true', help='run the flow in the latent space of a VAE')
     add('--epochs', type=float, help='passes over the data, such as 0.5')
-    add('--batch-size', type=int, default=64, help='digits a step (%(default)s)')
+    add('--batch-size', type=int, help='digits a step')
     add('--lr', type=float, help='learning rate at its peak')
     add('--guidance', type=float, nargs='+', default=[0, 1, 2, 4], metavar='W', help='scales')
     add('--steps', type=int, default=50, help='Euler steps of a drawing (%(default)s)')
