@@ -185,7 +185,7 @@ def train(name, path, args, data, state=None, vae_state=None):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)     # no batch may go too far
         require(math.isfinite(norm), f'step {step + 1} diverged, loss {loss:g}; try a lower --lr')
-        if not vae_state:                  # on latents: half as long again a step, digits no better
+        if not vae_state:                  # on latents its time is better spent on more steps
             orthogonalize_gradients(model)                 # of convolutions: a DiT has none
         optimizer.step()
         update_average(average, model, step)                               # what will be drawn with
