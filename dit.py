@@ -129,11 +129,10 @@ class DiT(nn.Module):
     """u_t^θ(x, y) for images x (B, C, H, W), times t (B,) and labels y (B,); u is like x.
 
     Inside, the tokens predict z_hat, a guess at the data point z, from which u follows (`forward`).
-    Raises ValueError if the image is not a square of whole patches, if dim is not divisible by 4,
-    or if it is not divisible by heads.
+    ValueError unless the image is a square of whole patches, and dim divisible by 4 and by heads.
     """
 
-    def __init__(self, shape=(1, 32, 32), patch=4, dim=160, depth=6, heads=4, num_classes=10):
+    def __init__(self, shape=(1, 32, 32), patch=4, dim=192, depth=4, heads=3, num_classes=10):
         super().__init__()
         channels, height, width = shape
         if height != width or height % patch:
@@ -156,7 +155,8 @@ class DiT(nn.Module):
 
     def forward(self, x, t, y):
         c = self.condition(t, y)                                       # (B, dim)
-        h = self.first(patchify(x, self.patch)) + self.position        # (B, N, dim)
+        h = self.first(patchify(x, self.patch))                        # (B, N, dim)
+        h = h + self.position.to(h.dtype)      # bfloat16 under autocast: half the memory to move
         for block in self.blocks:
             h = block(h, c)                                            # (B, N, dim)
         scale, shift = self.last_modulation(F.silu(c))[:, None].chunk(2, dim=-1)   # 2 × (B, 1, dim)

@@ -13,11 +13,10 @@ import tinyflow, train_mnist
 from dit import DiT, DiTBlock, SelfAttention, patchify, position_embedding, unpatchify
 from tinyflow import (ConditionEmbedding, cfm_loss, classify, conditional_path, euler, sample,
                       conditional_vector_field, drop_labels, gaussian_path, guided_velocity)
-from unet import ResidualBlock, UNet, orthogonalize_gradients
+from unet import Muon, ResidualBlock, UNet
 from vae import VAE, kl_divergence, reparameterize, vae_loss
 
 HERE, CPU = Path(__file__).resolve().parent, torch.device('cpu')
-
 seed = pytest.fixture(autouse=True)(lambda: torch.manual_seed(0))      # before each test
 class Field(nn.Module):
     """A model whose velocity is a formula u(x, t, y); it notes how many points it was asked for."""
@@ -177,7 +176,6 @@ def test_every_parameter_gets_a_gradient_and_learns(build):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(4):      # the zeros let the gradient through from the last layer to the first
-        optimizer.zero_grad()
         cfm_loss(model, torch.randn(66, 1, 32, 32), torch.arange(66) % 11).backward()
         optimizer.step()
     assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
@@ -187,7 +185,7 @@ def test_training_and_sampling_never_name_a_device(build):
     with torch.device('meta'):      # has shapes, no values: a tensor made elsewhere would not mix
         model, z, y = build(), torch.zeros(4, 1, 32, 32), torch.zeros(4).long()
     cfm_loss(model, z, y).backward()
-    orthogonalize_gradients(model)
+    Muon([p for p in model.parameters() if p.dim() > 1], dict(lr=1)).step()
     assert sample(model, y, w=2.0, steps=2).is_meta and classify(model, z, draws=1).is_meta
 
 @pytest.mark.parametrize('call, message', [
@@ -222,11 +220,13 @@ def test_skips_carry_what_the_bottleneck_cannot():
         block.register_forward_hook(silence)
     assert difference() == 0
 
-def test_orthogonalized_gradients_keep_their_directions_and_get_sizes_near_1():
-    conv, (U, V) = nn.Conv2d(6, 4, 3), [torch.linalg.qr(torch.randn(n, 4))[0] for n in (4, 54)]
-    conv.weight.grad = (U * torch.tensor([5, 1, 0.1, 0.02]) @ V.T).reshape(4, 6, 3, 3)
-    orthogonalize_gradients(conv)
-    sizes = U.T @ conv.weight.grad.flatten(1) @ V              # a diagonal matrix
+@pytest.mark.parametrize('shape', [(4, 6, 3, 3), (54, 4)])
+def test_muon_steps_along_the_directions_of_the_gradient_with_sizes_made_about_equal(shape):
+    weight = torch.zeros(shape)
+    U, V = [torch.linalg.qr(torch.randn(n, 4))[0] for n in weight.flatten(1).shape]
+    weight.grad = (U * torch.tensor([5, 1, 0.1, 0.02]) @ V.T).reshape(shape)
+    Muon([weight], dict(lr=0.1)).step()
+    sizes = -U.T @ weight.flatten(1) @ V / (0.1 * 0.4 * 54 ** 0.5)         # a diagonal matrix
     assert torch.allclose(sizes, sizes.diag().clamp(0.68, 1.21).diag(), atol=5e-3)
 
 # ---- 2.2  The DiT ------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_a_short_training_teaches_the_vae_to_return_its_images(digits):
 def command(digits, out, *more):
     return ['--data', digits, '--out', str(out), '--batch-size', '25', '--steps', '2', *more]
 SMALL = {'widths': (16, 16)}        # a quick U-Net, where the program around it is what is tested
-TRAINING = dict(weights={}, optimizer={'param_groups': []}, settings={}, step=9, rng=torch.zeros(9))
+PARTS = dict(weights=0, adam={'state': 0}, muon={'state': 0}, settings=0, step=9, rng=torch.ones(9))
 QUICK = '-c', f'import train_mnist as t; t.RUNS["unet"]["arguments"] = {SMALL}; exit(t.main())'
 def process(digits, out, *more, start=['train_mnist.py'], **options):
     options = dict(cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) | options
@@ -412,7 +412,7 @@ def test_bad_input_is_refused_with_one_line_and_before_any_work(digits, tmp_path
     (tmp_path / 'dit.pt').write_bytes(b'PK truncated')
     np.savez(tmp_path / 'other.npz', x_train=np.zeros(3))
     vae = dict(name='vae', arguments={'width': 8}, average=VAE(width=8).state_dict(), vae=None)
-    torch.save({**vae, **TRAINING}, tmp_path / 'vae.pt')
+    torch.save({**vae, **PARTS}, tmp_path / 'vae.pt')
     for line, message in {
             '--prompt 12a': 'takes digits', '--prompt 7': 'train first', '--resume': 'train first',
             '--model dit --prompt 7': 'damaged', '--lr nan': '--lr', '--epochs 0': '--epochs',
@@ -429,12 +429,12 @@ def test_bad_input_is_refused_with_one_line_and_before_any_work(digits, tmp_path
     assert sorted(os.listdir(tmp_path)) == ['dit.pt', 'file', 'other.npz', 'vae.pt']
 
 def test_a_checkpoint_with_a_damaged_or_foreign_part_is_refused(tmp_path):
-    state = dict(name='unet', arguments={}, average=UNet().state_dict(), vae=None, **TRAINING)
+    state = dict(name='unet', arguments={}, average=UNet().state_dict(), vae=None, **PARTS)
     torch.save(state, tmp_path / 'unet.pt')
     assert train_mnist.load_checkpoint(tmp_path / 'unet.pt', CPU)[0].shape == (1, 32, 32)
     for change in ({'arguments': {'widths': (10 ** 9,)}}, {'arguments': {'widths': (64, 64)}},
                    {'name': 'gan'}, {'average': {}}, {'arguments': {'depth': 3}}, {'vae': 7},
-                   {'step': None}, {'optimizer': {}}, {'rng': 7}):
+                   {'step': None}, {'adam': {}}, {'rng': 7}):
         torch.save({**state, **change}, tmp_path / 'unet.pt')
         with pytest.raises(ValueError, match='damaged or no checkpoint'):
             train_mnist.load_checkpoint(tmp_path / 'unet.pt', CPU)

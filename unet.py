@@ -11,8 +11,6 @@ went, reaches the decoder by skip connections between equal levels. With the def
                                 (128, 4, 4) ─┬──── skip ────┬─ (128, 4, 4)
                                              └─ bottleneck ─┘
 """
-import math
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -26,7 +24,7 @@ def group_norm(channels):
     Batch normalisation would let the images of a batch see one another. No learned scale and shift:
     in the middle of a block the condition brings them, and elsewhere the network does without.
     """
-    size = math.gcd(16, channels)      # 16 where it divides: a CPU is many times slower at 6 or 12
+    size = 16 if channels % 16 == 0 else channels      # a CPU is many times slower at 6 or 12
     return nn.GroupNorm(channels // size, channels, affine=False)
 
 
@@ -69,10 +67,9 @@ class ResidualBlock(nn.Module):
 class UNet(nn.Module):
     """u_t^θ(x, y) for images x (B, C, H, W), times t (B,) and labels y (B,); u is like x.
 
-    By default x in R^{1x32x32} and y in {0, …, 9, ∅}, as in Lab Three (MNIST). `widths` are
-    the channels of each level, top to bottom. `patch` > 1 folds each patch x patch square of pixels
-    into channels first and unfolds it last. Raises ValueError if H or W cannot be folded and then
-    halved len(widths) - 1 times.
+    By default x in R^{1x32x32}, y in {0, …, 9, ∅}: Lab Three, MNIST. `widths` are the channels of
+    each level, top to bottom. `patch` > 1 folds squares of patch x patch pixels into channels first
+    and unfolds them last. ValueError if H or W can't be folded, then halved len(widths) - 1 times.
     """
 
     def __init__(self, shape=(1, 32, 32), widths=(32, 64, 128), num_classes=10, patch=2):
@@ -88,9 +85,8 @@ class UNet(nn.Module):
 
         cond_dim = 2 * widths[-1]          # even, as ConditionEmbedding needs it
         self.condition = ConditionEmbedding(cond_dim, num_classes)
-        # With patch = 2 a quarter of the pixels, so all that follows is four times cheaper. No
-        # number is lost: the four pixels of a square become four channels. But these no longer
-        # share weights; train_mnist.py has patch = 1 and a thin level at full size instead.
+        # With patch = 2 a quarter of the pixels, so all that follows is four times cheaper. The
+        # pixels of a square become channels: none is lost, but they no longer share weights.
         self.first = nn.Conv2d(channels * patch ** 2, widths[0], 3, padding=1)
 
         self.encoder = nn.ModuleList()
@@ -102,8 +98,8 @@ class UNet(nn.Module):
         self.up = nn.ModuleList()
         self.decoder = nn.ModuleList()
         for after in reversed(widths):
-            # A 1x1 convolution makes the channels those of the skip; `forward` then doubles the
-            # height and width. The other way round would give the same, at four times the cost.
+            # To the channels of the skip, then (in `forward`) twice as high and wide: the other way
+            # round gives the same, at four times the cost.
             self.up.append(nn.Identity() if before == after else nn.Conv2d(before, after, 1))
             # Twice the channels: what comes from below, and the skip from the encoder beside it.
             self.decoder.append(ResidualBlock(2 * after, after, cond_dim))
@@ -111,8 +107,7 @@ class UNet(nn.Module):
 
         self.last_norm = group_norm(widths[0])
         self.last = nn.Conv2d(widths[0], channels * patch ** 2, 3, padding=1)
-        # Zero: a new network predicts u = 0, and does not spend its first steps unlearning a random
-        # image. Step 1 moves this layer alone, step 2 all but what a zero conv2 hides, step 3 all.
+        # Zero: a new network predicts u = 0 and spends no steps on unlearning a random image.
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
@@ -129,42 +124,47 @@ class UNet(nn.Module):
                 h = F.avg_pool2d(h, 2)                             # half the height and width
             h = block(h, c)                                        # (B, widths[level], …)
             skips.append(h)
-
         h = self.bottleneck(h, c)                                  # (B, widths[-1], …)
-
         for i, (up, block) in enumerate(zip(self.up, self.decoder)):           # i = 0: the deepest
             h = up(h)                                              # (B, channels of the skip, …)
             if i > 0:
                 h = F.interpolate(h, scale_factor=2)               # twice the height and width
             h = block(torch.cat([h, skips.pop()], dim=1), c)       # (B, channels of the skip, …)
-
         u = self.last(F.silu(self.last_norm(h)))                   # (B, C patch², …)
         return F.pixel_shuffle(u, self.patch)                      # unfold: (B, C, H, W)
 
 
-# ---- How its convolutions learn ----------------------------------------------------------------
+# ---- How it learns -----------------------------------------------------------------------------
 
-@torch.no_grad()
-def orthogonalize_gradients(model):
-    """Even out the gradients of all convolutions: between backward and the optimizer's step.
+def orthogonalize(G):
+    """G (m, n), m <= n, with its singular values made about 1: from 0.002 of its norm, 0.68 … 1.21.
 
-    As a matrix (out, in·k·k), for kernels of k x k, a gradient is a sum of directions a bᵀ, each
-    with a size, its singular value. A few are large, so a plain step moves along these and hardly
-    along the rest. With all sizes made about 1 every direction is learned at once: here half the
-    images do about as well. Adam alone can't: it evens out the entries of the matrix, one by one.
-    (After Muon, Jordan et al. 2024: it takes the gradients' running mean, and no Adam follows.)
+    X Xᵀ X has X's directions, each size s cubed. A round: s -> 3.4445 s - 4.775 s³ + 2.0315 s⁵.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            gradient = module.weight.grad                          # (out, in, k, k)
-            G = gradient.flatten(1)                                # (out, in·k·k)
-            G = G / (G.norm() + 1e-12)     # norm² = Σ size², so no size is above 1; zero stays zero
-            # With A = G Gᵀ, A G has the directions of G and its sizes cubed. So a polynomial P of A
-            # makes P G with other sizes: in each round a size s becomes
-            # 3.4445 s - 4.775 s³ + 2.0315 s⁵, and five take all from 0.002 to 1 into 0.68 … 1.21.
-            A = G @ G.T                                            # (out, out)
-            P = I = torch.eye(len(A), device=A.device)
-            for _ in range(5):
-                S = P @ A @ P                                      # (P G) (P G)ᵀ, the new A
-                P = (3.4445 * I - 4.775 * S + 2.0315 * S @ S) @ P
-            module.weight.grad = (P @ G).reshape(gradient.shape)
+    X = G / (G.norm() + 1e-12)         # norm² = Σ size², so no size is above 1; zero stays zero
+    for _ in range(5):
+        A = X @ X.T                                                        # (m, m)
+        B = torch.addmm(A, A, A, beta=-4.775, alpha=2.0315)                # -4.775 A + 2.0315 A A
+        X = torch.addmm(X, B, X, beta=3.4445)                              # 3.4445 X + B X
+    return X
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps for the weights inside a network: convolutions (out, in, k, k) or linear (out, in).
+
+    As a matrix (out, in·k·k) a gradient is a sum of directions a bᵀ, each with a size, its singular
+    value. A few are large, so a plain step goes along these and hardly along the rest. With all
+    sizes about 1, all are learned at once (Jordan et al. 2024). Built with (weights, dict(lr=…)).
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for weight in self.param_groups[0]['params']:
+            mean = self.state[weight].setdefault('mean', torch.zeros_like(weight))
+            mean.lerp_(weight.grad, 0.1)                           # of about the last ten gradients
+            G = mean.flatten(1)                                    # (out, in·k·k)
+            G = orthogonalize(G) if len(G) < G.shape[1] else orthogonalize(G.T).T
+            # Its entries are about 1/√longer side; this makes them 0.4, much like those of Adam.
+            size = 0.4 * max(G.shape) ** 0.5 * self.param_groups[0]['lr']
+            weight.sub_(G.reshape(weight.shape), alpha=size)
+            weight.grad = None                                     # used: for no other optimizer
