@@ -160,7 +160,7 @@ def train(name, path, args, data, state=None, vae_state=None):
         points, held_out = vae.sampler(to_model(x_train)), vae.to_latent(held_out).detach()
     model = NETWORKS[name.removesuffix('_latent')](**args.arguments).to(args.device)   # u^θ or VAE
     average = copy.deepcopy(model).eval().requires_grad_(False)            # see update_average
-    # Muon learns the weights inside, Adam the rest; on latents all: its steps take half the time.
+    # Muon learns the weights inside, Adam the rest; on latents all, since its steps are quicker.
     outer = re.compile('bias|first|last|condition|affine|modulation')
     inner = [p for key, p in model.named_parameters() if not (vae_state or outer.search(key))]
     muon = Muon([dict(params=inner)], dict(lr=args.lr))                    # a group may be empty
@@ -186,8 +186,8 @@ def train(name, path, args, data, state=None, vae_state=None):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)     # no batch may go too far
         require(math.isfinite(norm), f'step {step + 1} diverged, loss {loss:g}; try a lower --lr')
         with autocast(args.device):                    # Muon multiplies matrices, too
-            for optimizer in muon, adam:               # Muon leaves Adam no gradient of its own
-                optimizer.param_groups[0]['lr'] = args.lr * rise * fall    # the group of them all
+            for optimizer in muon, adam:               # Adam passes over what Muon has used
+                optimizer.param_groups[0]['lr'] = args.lr * rise * fall    # the only group
                 optimizer.step()
         update_average(average, model, step)                               # what will be drawn with
         losses.append(loss.item())
