@@ -167,4 +167,4 @@ class Muon(torch.optim.Optimizer):
             # Its entries are about 1/√longer side; this makes them 0.4, much like those of Adam.
             size = 0.4 * max(G.shape) ** 0.5 * self.param_groups[0]['lr']
             weight.sub_(G.reshape(weight.shape), alpha=size)
-            weight.grad = None                                     # used; the next optimizer skips it
+            weight.grad = None                                     # used: other optimizers skip it
