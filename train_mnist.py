@@ -27,7 +27,7 @@ RUNS = dict(    # into args, by `main`: how it is built, passes over the data, b
     unet_latent=dict(arguments=dict(shape=(4, 8, 8), widths=(96, 128), patch=1),
                      epochs=6.75, batch_size=64, lr=2e-3),
     dit_latent=dict(arguments=dict(shape=(4, 8, 8), patch=2), epochs=9, batch_size=64, lr=2e-3),
-    vae=dict(arguments={}, epochs=1, batch_size=32, lr=2e-3, seed=0),      # one for all runs
+    vae=dict(arguments={}, epochs=1.5, batch_size=32, lr=2e-3, seed=0),    # one for all runs
 )
 
 
@@ -160,9 +160,9 @@ def train(name, path, args, data, state=None, vae_state=None):
         points, held_out = vae.sampler(to_model(x_train)), vae.to_latent(held_out).detach()
     model = NETWORKS[name.removesuffix('_latent')](**args.arguments).to(args.device)   # u^θ or VAE
     average = copy.deepcopy(model).eval().requires_grad_(False)            # see update_average
-    # Muon learns the weights inside, Adam the rest; on latents all, since its steps are quicker.
+    # Muon learns the weights inside, Adam the rest; with --latent all: see the README's tricks.
     outer = re.compile('bias|first|last|condition|affine|modulation')
-    inner = [p for key, p in model.named_parameters() if not (vae_state or outer.search(key))]
+    inner = [p for key, p in model.named_parameters() if not (args.latent or outer.search(key))]
     muon = Muon([dict(params=inner)], dict(lr=args.lr))                    # a group may be empty
     adam = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)    # fused is faster
     parts = dict(weights=model, average=average, adam=adam, muon=muon)     # what a checkpoint holds
