@@ -160,7 +160,7 @@ def train(name, path, args, data, state=None, vae_state=None):
         points, held_out = vae.sampler(to_model(x_train)), vae.to_latent(held_out).detach()
     model = NETWORKS[name.removesuffix('_latent')](**args.arguments).to(args.device)   # u^θ or VAE
     average = copy.deepcopy(model).eval().requires_grad_(False)            # see update_average
-    # Muon learns the weights inside, Adam the rest; with --latent all: see the README's tricks.
+    # Muon learns the weights inside, Adam the rest; with --latent all, where Muon is no better.
     outer = re.compile('bias|first|last|condition|affine|modulation')
     inner = [p for key, p in model.named_parameters() if not (args.latent or outer.search(key))]
     muon = Muon([dict(params=inner)], dict(lr=args.lr))                    # a group may be empty
