@@ -84,9 +84,8 @@ def cfm_loss(model, z, y, p_drop=0.1):
     """
     if len(z) != len(y):
         raise ValueError(f'one label a data point: got {len(z)} points and {len(y)} labels')
-    # Each t ~ Unif[0, 1], but one in each of B equal slices, shuffled: the loss jumps less.
-    t = (torch.randperm(len(z), device=z.device) + torch.rand(len(z), device=z.device)) / len(z)
-    noise = torch.randn_like(z)
+    t = torch.rand(len(z), device=z.device)                            # t ~ Unif
+    noise = torch.randn_like(z)                                        # ε ~ N(0, I)
     x, u_target = conditional_path(z, noise, t)
     u = model(x, t, drop_labels(y, model.null_label, p_drop))          # u_t^θ(x, y), or u_t^θ(x, ∅)
     return (u - u_target).square().mean()       # E over the batch; ‖·‖² divided by its dimension
@@ -147,8 +146,7 @@ def sample(model, y, w=1.0, steps=50, noise=None):
     `noise`, X_0, defaults to fresh N(0, I) of model.shape. Raises ValueError for a label that the
     model does not have.
     """
-    # A tensor on the meta device has a shape but no values: there is nothing to check.
-    if not y.is_meta and ((y < 0) | (y > model.null_label)).any():
+    if not y.is_meta and ((y < 0) | (y > model.null_label)).any():     # "meta" tensors: no values
         raise ValueError(f'labels are 0 … {model.null_label} (the last is ∅), got {y.tolist()}')
     if noise is None:
         noise = torch.randn(len(y), *model.shape, device=y.device)     # step 3: X_0 ~ p_init
@@ -183,11 +181,13 @@ def classify(model, z, draws=16):
 class ConditionEmbedding(nn.Module):
     """(t, y) as one vector c (B, dim), which the networks inject into every block (section 2.1).
 
-    `dim` must be even. IndexError if a label is outside 0 … num_classes.
+    ValueError if `dim` is odd, IndexError for a label outside 0 … num_classes.
     """
 
     def __init__(self, dim, num_classes):
         super().__init__()
+        if dim % 2:
+            raise ValueError(f'half of dim are cosines, half sines: it must be even, got {dim}')
         # Waves from slow to fast, like those of Attention Is All You Need: the slow ones tell early
         # from late, the fast ones tell nearby times apart. A bare t would enter as one weak number.
         self.register_buffer('frequencies', torch.logspace(0, 3, dim // 2))    # 1 … 1000
