@@ -73,7 +73,7 @@ def test_training_draws_uniform_times_and_hides_one_label_in_ten():
         cfm_loss(field, torch.zeros(256, 2), torch.zeros(256).long())
     t, y = [torch.stack(part) for part in zip(*seen)]
     assert abs((y == field.null_label).float().mean() - 0.1) < 0.01
-    assert (t.flatten().sort().values - torch.linspace(0, 1, t.numel())).abs().max() < 0.02
+    assert (t.flatten().sort().values - torch.linspace(0, 1, t.numel())).abs().max() < 0.02  # Unif
 
 def test_labels_are_dropped_at_the_given_rate_in_a_new_tensor():
     y = torch.randint(10, (100_000,))

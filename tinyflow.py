@@ -84,7 +84,7 @@ def cfm_loss(model, z, y, p_drop=0.1):
     """
     if len(z) != len(y):
         raise ValueError(f'one label a data point: got {len(z)} points and {len(y)} labels')
-    t = torch.rand(len(z), device=z.device)                            # t ~ Unif
+    t = torch.rand(len(z), device=z.device)                            # t ~ Unif, (B,)
     noise = torch.randn_like(z)                                        # ε ~ N(0, I)
     x, u_target = conditional_path(z, noise, t)
     u = model(x, t, drop_labels(y, model.null_label, p_drop))          # u_t^θ(x, y), or u_t^θ(x, ∅)
@@ -143,10 +143,10 @@ def euler(velocity, x, steps):
 def sample(model, y, w=1.0, steps=50, noise=None):
     """Algorithm 1: draws X_1 (B, C, H, W) for the labels y (B,), from about p_data(·|y) if w = 1.
 
-    `noise`, X_0, defaults to fresh N(0, I) of model.shape. Raises ValueError for a label that the
-    model does not have.
+    `noise`, X_0: by default fresh N(0, I) of model.shape. ValueError for a label out of range.
     """
-    if not y.is_meta and ((y < 0) | (y > model.null_label)).any():     # "meta" tensors: no values
+    # A tensor on the meta device has a shape but no values: there is nothing to check.
+    if not y.is_meta and ((y < 0) | (y > model.null_label)).any():
         raise ValueError(f'labels are 0 … {model.null_label} (the last is ∅), got {y.tolist()}')
     if noise is None:
         noise = torch.randn(len(y), *model.shape, device=y.device)     # step 3: X_0 ~ p_init
