@@ -39,8 +39,7 @@ def position_embedding(grid, dim):
     """A fixed vector for each place on a grid x grid square, row by row: (grid², dim).
 
     Half of it encodes the row and half the column, each as sines and cosines from fast to slow, so
-    that places close together have similar vectors (as in Attention Is All You Need, but in 2-D).
-    `dim` must be divisible by 4.
+    near places have similar vectors (Attention Is All You Need, but in 2-D). 4 must divide `dim`.
     """
     frequency = 10_000 ** -torch.linspace(0, 1, dim // 4)              # 1 … 1/10000 rad a patch
     angle = torch.arange(grid)[:, None] * frequency                    # (grid, dim/4)
@@ -86,10 +85,7 @@ def zero_linear(in_features, out_features):
 
 
 def modulate(x, scale, shift):
-    """The affine map by which the condition speaks: x (B, N, dim), scale and shift (B, 1, dim).
-
-    A scale and a shift of zero leave x as it is.
-    """
+    """The affine map by which the condition speaks: x (B, N, dim), scale and shift (B, 1, dim)."""
     return x * (1 + scale) + shift
 
 
@@ -111,11 +107,11 @@ class DiTBlock(nn.Module):
             nn.Linear(4 * dim, dim),
         )
         # Zero, so both gates are zero and a new block is the identity: signal and gradient pass a
-        # deep stack unharmed, and each block opens its gates only as far as it helps. The SiLU
-        # before it (in `forward`) lets t and y, merely added in c, act on one another.
+        # deep stack unharmed, and each block opens its gates only as far as it helps.
         self.modulation = zero_linear(dim, 6 * dim)
 
     def forward(self, x, c):
+        # The SiLU lets t and y, merely added in c, act on one another.
         six = self.modulation(F.silu(c))[:, None].chunk(6, dim=-1)     # 6 × (B, 1, dim)
         scale1, shift1, gate1, scale2, shift2, gate2 = six             # in the paper γ, β, α, twice
         x = x + gate1 * self.attention(modulate(self.norm(x), scale1, shift1))     # across tokens
@@ -129,15 +125,16 @@ class DiT(nn.Module):
     """u_t^θ(x, y) for images x (B, C, H, W), times t (B,) and labels y (B,); u is like x.
 
     Inside, the tokens predict z_hat, a guess at the data point z, from which u follows (`forward`).
+    With `label_map` y enters at each token, too: see UNet.
     ValueError unless the image is a square of whole patches, and dim divisible by 4 and by heads.
     """
 
-    def __init__(self, shape=(1, 32, 32), patch=4, dim=192, depth=4, heads=3, num_classes=10):
+    def __init__(self, shape=(1, 32, 32), patch=4, dim=192, depth=4, heads=3, num_classes=10,
+                 label_map=False):
         super().__init__()
         channels, height, width = shape
         if height != width or height % patch:
-            raise ValueError(f'a square image with a side divisible by {patch} (the patch) is '
-                             f'needed, got {height}x{width}')
+            raise ValueError(f'need a square, its side divisible by {patch}, got {height}x{width}')
         if dim % 4:
             raise ValueError(f'dim must be divisible by 4 for the position embedding, got {dim}')
         self.shape = tuple(shape)
@@ -148,6 +145,7 @@ class DiT(nn.Module):
         self.first = nn.Linear(channels * patch ** 2, dim)
         # Attention by itself does not know where a token is: shuffle them, and the results shuffle.
         self.register_buffer('position', position_embedding(height // patch, dim))
+        self.label_map = nn.Embedding(num_classes + 1, self.position.numel()) if label_map else None
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = zero_linear(dim, 2 * dim)
@@ -157,6 +155,8 @@ class DiT(nn.Module):
         c = self.condition(t, y)                                       # (B, dim)
         h = self.first(patchify(x, self.patch))                        # (B, N, dim)
         h = h + self.position.to(h.dtype)      # bfloat16 under autocast: half the memory to move
+        if self.label_map is not None:
+            h = h + self.label_map(y).reshape(h.shape).to(h.dtype)
         for block in self.blocks:
             h = block(h, c)                                            # (B, N, dim)
         scale, shift = self.last_modulation(F.silu(c))[:, None].chunk(2, dim=-1)   # 2 × (B, 1, dim)

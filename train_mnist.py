@@ -12,8 +12,7 @@ knows the field of digits in general; u(x, ∅) + w (u(x, y) - u(x, ∅)) turns 
 """
 import argparse, copy, datetime, io, math, os, pathlib, re, shutil, signal, struct, sys, time, zlib
 
-import numpy as np
-import torch
+import numpy as np, torch
 
 from dit import DiT                                                        # §2.2
 from tinyflow import cfm_loss, classify, euler, guided_velocity, sample, update_average    # §1
@@ -24,9 +23,10 @@ NETWORKS = {'unet': UNet, 'dit': DiT, 'vae': VAE}
 RUNS = dict(    # into args, by `main`: how it is built, passes over the data, batch size, peak rate
     unet=dict(arguments=dict(widths=(16, 48, 64, 128), patch=1), epochs=4, batch_size=128, lr=3e-3),
     dit=dict(arguments={}, epochs=4.75, batch_size=64, lr=3e-3),           # 64 patches of 4x4
-    unet_latent=dict(arguments=dict(shape=(4, 8, 8), widths=(96, 128), patch=1),
-                     epochs=7.75, batch_size=128, lr=3e-3),
-    dit_latent=dict(arguments=dict(shape=(4, 8, 8), patch=2), epochs=9, batch_size=64, lr=2e-3),
+    unet_latent=dict(arguments=dict(shape=(4, 8, 8), widths=(96, 128), patch=1, label_map=True),
+                     epochs=4, batch_size=128, lr=3e-3),
+    dit_latent=dict(arguments=dict(shape=(4, 8, 8), patch=2, label_map=True),
+                    epochs=5, batch_size=64, lr=2e-3),
     vae=dict(arguments={}, epochs=1.5, batch_size=32, lr=2e-3, seed=0),    # one for all runs
 )
 
@@ -161,7 +161,7 @@ def train(name, path, args, data, state=None, vae_state=None):
     model = NETWORKS[name.removesuffix('_latent')](**args.arguments).to(args.device)   # u^θ or VAE
     average = copy.deepcopy(model).eval().requires_grad_(False)            # see update_average
     # Muon learns the weights inside, Adam the rest; with --latent all, where Muon is no better.
-    outer = re.compile('bias|first|last|condition|affine|modulation')
+    outer = re.compile('bias|first|last|label|condition|affine|modulation')
     inner = [p for key, p in model.named_parameters() if not (args.latent or outer.search(key))]
     muon = Muon([dict(params=inner)], dict(lr=args.lr))                    # a group may be empty
     adam = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)    # fused is faster

@@ -58,8 +58,7 @@ class ResidualBlock(nn.Module):
         affine = self.affine(F.silu(c))[:, :, None, None]          # silu, or t and y would only add
         scale, shift = affine.chunk(2, dim=1)                      # 2 × (B, out_channels, 1, 1)
         h = (1 + scale) * self.norm2(h) + shift
-        h = self.conv2(F.silu(h))
-        return self.side(x) + h                                    # (B, out_channels, H, W)
+        return self.side(x) + self.conv2(F.silu(h))                # (B, out_channels, H, W)
 
 
 # ---- The U-Net ---------------------------------------------------------------------------------
@@ -68,26 +67,28 @@ class UNet(nn.Module):
     """u_t^θ(x, y) for images x (B, C, H, W), times t (B,) and labels y (B,); u is like x.
 
     By default x in R^{1x32x32}, y in {0, …, 9, ∅}: Lab Three, MNIST. `widths` are the channels of
-    each level, top to bottom. `patch` > 1 folds squares of patch x patch pixels into channels first
-    and unfolds them last. ValueError if H or W can't be folded, then halved len(widths) - 1 times.
+    each level, top to bottom. Squares of patch x patch pixels are folded into channels first, which
+    makes all patch² times cheaper, and unfolded last. With `label_map` y enters at each pixel, too.
+    ValueError if H or W can't be folded, then halved len(widths) - 1 times.
     """
 
-    def __init__(self, shape=(1, 32, 32), widths=(32, 64, 128), num_classes=10, patch=2):
+    def __init__(self, shape=(1, 32, 32), widths=(32, 64, 128), num_classes=10, patch=2,
+                 label_map=False):
         super().__init__()
         channels, height, width = shape
         unit = patch * 2 ** (len(widths) - 1)
         if height % unit or width % unit:
-            raise ValueError(f'{len(widths)} levels and patch {patch} need a height and a width '
-                             f'divisible by {unit}, got {height}x{width}')
+            raise ValueError(f'height and width must be divisible by {unit}, got {height}x{width}')
         self.shape = tuple(shape)
         self.null_label = num_classes
         self.patch = patch
-
         cond_dim = 2 * widths[-1]          # even, as ConditionEmbedding needs it
         self.condition = ConditionEmbedding(cond_dim, num_classes)
-        # With patch = 2 a quarter of the pixels, so all that follows is four times cheaper. The
-        # pixels of a square become channels: none is lost, but they no longer share weights.
         self.first = nn.Conv2d(channels * patch ** 2, widths[0], 3, padding=1)
+        # c says the same at all pixels; a label's learned map also says where its strokes belong.
+        # On latents more digits are then the ones asked for; on MNIST's own pixels it does not pay.
+        size = widths[0] * (height // patch) * (width // patch)
+        self.label_map = nn.Embedding(num_classes + 1, size) if label_map else None
 
         self.encoder = nn.ModuleList()
         before = widths[0]
@@ -98,8 +99,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList()
         self.decoder = nn.ModuleList()
         for after in reversed(widths):
-            # To the channels of the skip, then (in `forward`) twice as high and wide: the other way
-            # round gives the same, at four times the cost.
+            # To the channels of the skip; after the doubling in `forward` it would cost four times.
             self.up.append(nn.Identity() if before == after else nn.Conv2d(before, after, 1))
             # Twice the channels: what comes from below, and the skip from the encoder beside it.
             self.decoder.append(ResidualBlock(2 * after, after, cond_dim))
@@ -115,9 +115,9 @@ class UNet(nn.Module):
         c = self.condition(t, y)                                   # (B, cond_dim)
         h = F.pixel_unshuffle(x, self.patch)                       # fold: (B, C patch², H/patch, …)
         # The same numbers, the channels of a pixel side by side in memory: convolutions are faster.
-        h = h.to(memory_format=torch.channels_last)
-        h = self.first(h)                                          # (B, widths[0], …)
-
+        h = self.first(h.to(memory_format=torch.channels_last))    # (B, widths[0], …)
+        if self.label_map is not None:
+            h = h + self.label_map(y).reshape(h.shape).to(h.dtype)
         skips = []
         for level, block in enumerate(self.encoder):
             if level > 0:
