@@ -124,8 +124,7 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """u_t^θ(x, y) for images x (B, C, H, W), times t (B,) and labels y (B,); u is like x.
 
-    Inside, the tokens predict z_hat, a guess at the data point z, from which u follows (`forward`).
-    With `label_map` y enters at each token, too: see UNet.
+    Inside, the tokens predict z_hat, a guess at z. `label_map`: y also adds a vector at each token.
     ValueError unless the image is a square of whole patches, and dim divisible by 4 and by heads.
     """
 
@@ -146,6 +145,8 @@ class DiT(nn.Module):
         # Attention by itself does not know where a token is: shuffle them, and the results shuffle.
         self.register_buffer('position', position_embedding(height // patch, dim))
         self.label_map = nn.Embedding(num_classes + 1, self.position.numel()) if label_map else None
+        if label_map:      # a vector for each y and token: see UNet. With N(0, 1) loss falls slower
+            nn.init.normal_(self.label_map.weight, std=0.3)
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = zero_linear(dim, 2 * dim)
@@ -156,15 +157,14 @@ class DiT(nn.Module):
         h = self.first(patchify(x, self.patch))                        # (B, N, dim)
         h = h + self.position.to(h.dtype)      # bfloat16 under autocast: half the memory to move
         if self.label_map is not None:
-            h = h + self.label_map(y).reshape(h.shape).to(h.dtype)
+            h = h + self.label_map(y).reshape(h.shape).to(h.dtype)     # (B, N, dim)
         for block in self.blocks:
             h = block(h, c)                                            # (B, N, dim)
         scale, shift = self.last_modulation(F.silu(c))[:, None].chunk(2, dim=-1)   # 2 × (B, 1, dim)
         h = self.last(modulate(self.last_norm(h), scale, shift))       # (B, N, C patch²)
-        # The tokens predict the clean z, not u. A digit varies in few ways; u, which is z - ε on a
-        # straight path, has in it a random number a pixel that every block must pass on. Nothing is
-        # lost: u_t^target(x|z) is affine in z; so at the average z, z_hat = E[z|x, y], it is (up to
-        # t = 0.95) E[u_t^target(x|z)|x, y], the average field, which is the one sought (1.1).
-        # (Li & He 2025, Back to Basics: Let Denoising Generative Models Denoise.)
+        # The tokens predict the clean z, not u. A digit varies in few ways; u, z - ε on a straight
+        # path, holds a fresh random number per pixel, for every block to pass on. Nothing is lost:
+        # u_t^target(x|z) is affine in z. At z_hat = E[z|x, y], the mean of z, it is thus (up to
+        # t = 0.95) its own mean, u_t^target(x|y), the field sought (Li & He 2025, Back to Basics).
         z_hat = unpatchify(h, self.patch, self.shape)                  # (B, C, H, W)
         return conditional_vector_field(x, z_hat, t)                   # here (z_hat - x) / (1 - t)

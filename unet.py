@@ -24,7 +24,7 @@ def group_norm(channels):
     Batch normalisation would let the images of a batch see one another. No learned scale and shift:
     in the middle of a block the condition brings them, and elsewhere the network does without.
     """
-    size = 16 if channels % 16 == 0 else channels      # a CPU is many times slower at 6 or 12
+    size = 16 if channels % 16 == 0 else channels      # sizes of 6 or 12 are slow on a CPU
     return nn.GroupNorm(channels // size, channels, affine=False)
 
 
@@ -68,8 +68,8 @@ class UNet(nn.Module):
 
     By default x in R^{1x32x32}, y in {0, …, 9, ∅}: Lab Three, MNIST. `widths` are the channels of
     each level, top to bottom. Squares of patch x patch pixels are folded into channels first, which
-    makes all patch² times cheaper, and unfolded last. With `label_map` y enters at each pixel, too.
-    ValueError if H or W can't be folded, then halved len(widths) - 1 times.
+    makes all patch² times cheaper, and unfolded last. `label_map`: y also adds a learned image.
+    ValueError unless H and W can be folded, and then halved len(widths) - 1 times.
     """
 
     def __init__(self, shape=(1, 32, 32), widths=(32, 64, 128), num_classes=10, patch=2,
@@ -85,8 +85,8 @@ class UNet(nn.Module):
         cond_dim = 2 * widths[-1]          # even, as ConditionEmbedding needs it
         self.condition = ConditionEmbedding(cond_dim, num_classes)
         self.first = nn.Conv2d(channels * patch ** 2, widths[0], 3, padding=1)
-        # c says the same at all pixels; a label's learned map also says where its strokes belong.
-        # On latents more digits are then the ones asked for; on MNIST's own pixels it does not pay.
+        # c tells all pixels the same; a learned image for each y, added to h, says what goes where.
+        # On latents (2.3) more digits are then the ones asked for; on pixels it does not pay.
         size = widths[0] * (height // patch) * (width // patch)
         self.label_map = nn.Embedding(num_classes + 1, size) if label_map else None
 
@@ -117,7 +117,7 @@ class UNet(nn.Module):
         # The same numbers, the channels of a pixel side by side in memory: convolutions are faster.
         h = self.first(h.to(memory_format=torch.channels_last))    # (B, widths[0], …)
         if self.label_map is not None:
-            h = h + self.label_map(y).reshape(h.shape).to(h.dtype)
+            h = h + self.label_map(y).reshape(h.shape).to(h.dtype)     # like h
         skips = []
         for level, block in enumerate(self.encoder):
             if level > 0:
@@ -137,11 +137,11 @@ class UNet(nn.Module):
 # ---- How it learns -----------------------------------------------------------------------------
 
 def orthogonalize(G):
-    """G (m, n), m <= n, with its singular values made about 1: from 0.002 of its norm, 0.68 … 1.21.
+    """G (m, n), m <= n, each singular value above 0.002 of G's norm moved to about 1, 0.68 … 1.21.
 
-    X Xᵀ X has X's directions, each size s cubed. A round: s -> 3.4445 s - 4.775 s³ + 2.0315 s⁵.
+    X Xᵀ X is X with each singular value s cubed. A round: s -> 3.4445 s - 4.775 s³ + 2.0315 s⁵.
     """
-    X = G / (G.norm() + 1e-12)         # norm² = Σ size², so no size is above 1; zero stays zero
+    X = G / (G.norm() + 1e-12)         # norm² = Σ s², so no s is above 1; zero stays zero
     for _ in range(5):
         A = X @ X.T                                                        # (m, m)
         B = torch.addmm(A, A, A, beta=-4.775, alpha=2.0315)                # -4.775 A + 2.0315 A A
