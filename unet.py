@@ -87,7 +87,7 @@ class UNet(nn.Module):
         self.first = nn.Conv2d(channels * patch ** 2, widths[0], 3, padding=1)
         # c tells all pixels the same; a learned image for each y, added to h, says what goes where.
         # On latents (2.3) more digits are then the ones asked for; on pixels it does not pay.
-        size = widths[0] * (height // patch) * (width // patch)
+        size = widths[0] * (height // patch) * (width // patch)    # as many numbers as h has
         self.label_map = nn.Embedding(num_classes + 1, size) if label_map else None
 
         self.encoder = nn.ModuleList()
@@ -117,7 +117,7 @@ class UNet(nn.Module):
         # The same numbers, the channels of a pixel side by side in memory: convolutions are faster.
         h = self.first(h.to(memory_format=torch.channels_last))    # (B, widths[0], …)
         if self.label_map is not None:
-            h = h + self.label_map(y).reshape(h.shape).to(h.dtype)     # like h
+            h = h + self.label_map(y).reshape(h.shape).to(h.dtype)
         skips = []
         for level, block in enumerate(self.encoder):
             if level > 0:
