@@ -4,7 +4,7 @@ No convolution. As in the ViT (Dosovitskiy et al. 2020) the image is cut into pa
 a vector, a token, and the tokens look at one another through self-attention: any sees any other in
 a single step, near or far. Time and label steer every block (see DiTBlock). On MNIST's pixels:
 
-    x (1, 32, 32) ── patchify ──> (64, 16) ── Linear, + position ──> tokens (64, dim)
+    x (1, 32, 32) ── patchify ──> (64, 16) ── Linear, + position, + y ──> tokens (64, dim)
     tokens, and c from t and y ── DiTBlock × depth ──> (64, dim) ── norm, Linear ──> (64, 16)
     (64, 16) ── unpatchify ──> z_hat (1, 32, 32) ── with x and t ──> u (1, 32, 32)
 """
@@ -41,7 +41,8 @@ def position_embedding(grid, dim):
     Half of it encodes the row and half the column, each as sines and cosines from fast to slow, so
     near places have similar vectors (Attention Is All You Need, but in 2-D). 4 must divide `dim`.
     """
-    frequency = 10_000 ** -torch.linspace(0, 1, dim // 4)              # 1 … 1/10000 rad a patch
+    # Not down to 1/10000, as in the paper: over 8 patches in a row, such waves would hardly change.
+    frequency = 100 ** -torch.linspace(0, 1, dim // 4)                 # 1 … 1/100 rad a patch
     angle = torch.arange(grid)[:, None] * frequency                    # (grid, dim/4)
     line = torch.cat([angle.sin(), angle.cos()], dim=1)                # (grid, dim/2)
     row = line[:, None].expand(grid, grid, -1)                         # (grid, grid, dim/2)
@@ -124,12 +125,11 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """u_t^θ(x, y) for images x (B, C, H, W), times t (B,) and labels y (B,); u is like x.
 
-    Inside, the tokens predict z_hat, a guess at z. `label_map`: y also adds a vector at each token.
+    Inside, the tokens predict z_hat, a guess at z.
     ValueError unless the image is a square of whole patches, and dim divisible by 4 and by heads.
     """
 
-    def __init__(self, shape=(1, 32, 32), patch=4, dim=192, depth=4, heads=3, num_classes=10,
-                 label_map=False):
+    def __init__(self, shape=(1, 32, 32), patch=4, dim=192, depth=4, heads=3, num_classes=10):
         super().__init__()
         channels, height, width = shape
         if height != width or height % patch:
@@ -144,9 +144,10 @@ class DiT(nn.Module):
         self.first = nn.Linear(channels * patch ** 2, dim)
         # Attention by itself does not know where a token is: shuffle them, and the results shuffle.
         self.register_buffer('position', position_embedding(height // patch, dim))
-        self.label_map = nn.Embedding(num_classes + 1, self.position.numel()) if label_map else None
-        if label_map:      # a vector for each y and token: see UNet. With N(0, 1) loss falls slower
-            nn.init.normal_(self.label_map.weight, std=0.3)
+        # c tells all tokens the same; a learned vector for each y and place says what goes where.
+        # More digits are then the ones asked for. (With PyTorch's N(0, 1) the loss falls slower.)
+        self.label_map = nn.Embedding(num_classes + 1, self.position.numel())
+        nn.init.normal_(self.label_map.weight, std=0.3)
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = zero_linear(dim, 2 * dim)
@@ -156,8 +157,7 @@ class DiT(nn.Module):
         c = self.condition(t, y)                                       # (B, dim)
         h = self.first(patchify(x, self.patch))                        # (B, N, dim)
         h = h + self.position.to(h.dtype)      # bfloat16 under autocast: half the memory to move
-        if self.label_map is not None:
-            h = h + self.label_map(y).reshape(h.shape).to(h.dtype)     # (B, N, dim)
+        h = h + self.label_map(y).reshape(h.shape).to(h.dtype)         # (B, N, dim)
         for block in self.blocks:
             h = block(h, c)                                            # (B, N, dim)
         scale, shift = self.last_modulation(F.silu(c))[:, None].chunk(2, dim=-1)   # 2 × (B, 1, dim)
