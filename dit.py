@@ -4,7 +4,7 @@ No convolution. As in the ViT (Dosovitskiy et al. 2020) the image is cut into pa
 a vector, a token, and the tokens look at one another through self-attention: any sees any other in
 a single step, near or far. Time and label steer every block (see DiTBlock). On MNIST's pixels:
 
-    x (1, 32, 32) ── patchify ──> (64, 16) ── Linear, + position, + y ──> tokens (64, dim)
+    x (1, 32, 32) ── patchify ──> (64, 16) ── Linear, + position, + label_map ──> tokens (64, dim)
     tokens, and c from t and y ── DiTBlock × depth ──> (64, dim) ── norm, Linear ──> (64, 16)
     (64, 16) ── unpatchify ──> z_hat (1, 32, 32) ── with x and t ──> u (1, 32, 32)
 """
