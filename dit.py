@@ -129,7 +129,7 @@ class DiT(nn.Module):
     ValueError unless the image is a square of whole patches, and dim divisible by 4 and by heads.
     """
 
-    def __init__(self, shape=(1, 32, 32), patch=4, dim=192, depth=4, heads=3, num_classes=10):
+    def __init__(self, shape=(1, 32, 32), patch=4, dim=128, depth=6, heads=4, num_classes=10):
         super().__init__()
         channels, height, width = shape
         if height != width or height % patch:

@@ -161,8 +161,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for weight in self.param_groups[0]['params']:
             mean = self.state[weight].setdefault('mean', torch.zeros_like(weight))
-            mean.lerp_(weight.grad, 0.1)                           # of about the last ten gradients
-            G = mean.flatten(1)                                    # (out, in·k·k)
+            mean.lerp_(weight.grad, 0.1)                # of about the last ten gradients
+            G = weight.grad.lerp(mean, 0.9).flatten(1)  # (out, in·k·k); the newest twice: Nesterov
             G = orthogonalize(G) if len(G) < G.shape[1] else orthogonalize(G.T).T
             # Its entries are about 1/√longer side; this makes them 0.4, much like those of Adam.
             size = 0.4 * max(G.shape) ** 0.5 * self.param_groups[0]['lr']
