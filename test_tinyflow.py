@@ -3,9 +3,7 @@ code does not share: a closed form, a finite difference, PyTorch's own operator,
 import math, os, pty, re, resource, signal, struct, subprocess, sys, time, zlib
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
+import numpy as np, pytest, torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -222,10 +220,12 @@ def test_skips_carry_what_the_bottleneck_cannot():
 
 @pytest.mark.parametrize('shape', [(4, 6, 3, 3), (54, 4)])
 def test_muon_steps_along_the_directions_of_the_gradient_with_sizes_made_about_equal(shape):
-    weight = torch.zeros(shape)
+    muon = Muon([weight := torch.zeros(shape)], dict(lr=0.1))
     U, V = [torch.linalg.qr(torch.randn(n, 4))[0] for n in weight.flatten(1).shape]
-    weight.grad = (U * torch.tensor([5, 1, 0.1, 0.02]) @ V.T).reshape(shape)
-    Muon([weight], dict(lr=0.1)).step()
+    gradient = (U * torch.tensor([5, 1, 0.1, 0.02]) @ V.T).reshape(shape)
+    for share in 1, -0.6, 0:        # forth; back at once, as the newest counts double; forth again
+        weight.grad = share * gradient
+        muon.step()
     sizes = -U.T @ weight.flatten(1) @ V / (0.1 * 0.4 * 54 ** 0.5)         # a diagonal matrix
     assert torch.allclose(sizes, sizes.diag().clamp(0.68, 1.21).diag(), atol=5e-3)
 
