@@ -102,11 +102,7 @@ class DiTBlock(nn.Module):
         # Without a scale and shift of its own: those come from c. So one norm serves both halves.
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.attention = SelfAttention(dim, heads)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, 4 * dim),
-            nn.GELU(),                         # smooth, like SiLU; the paper's choice
-            nn.Linear(4 * dim, dim),
-        )
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         # Zero, so both gates are zero and a new block is the identity: signal and gradient pass a
         # deep stack unharmed, and each block opens its gates only as far as it helps.
         self.modulation = zero_linear(dim, 6 * dim)
@@ -125,11 +121,12 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """u_t^θ(x, y) for images x (B, C, H, W), times t (B,) and labels y (B,); u is like x.
 
-    Inside, the tokens predict z_hat, a guess at z.
+    Inside, the tokens predict z_hat, a guess at z, and keep it from -bound to bound (pixels: 1).
     ValueError unless the image is a square of whole patches, and dim divisible by 4 and by heads.
     """
 
-    def __init__(self, shape=(1, 32, 32), patch=4, dim=128, depth=6, heads=4, num_classes=10):
+    def __init__(self, shape=(1, 32, 32), patch=4, dim=128, depth=6, heads=4, num_classes=10,
+                 bound=math.inf):
         super().__init__()
         channels, height, width = shape
         if height != width or height % patch:
@@ -139,7 +136,7 @@ class DiT(nn.Module):
         self.shape = tuple(shape)
         self.null_label = num_classes
         self.patch = patch
-
+        self.bound = bound
         self.condition = ConditionEmbedding(dim, num_classes)
         self.first = nn.Linear(channels * patch ** 2, dim)
         # Attention by itself does not know where a token is: shuffle them, and the results shuffle.
@@ -167,4 +164,7 @@ class DiT(nn.Module):
         # u_t^target(x|z) is affine in z. At z_hat = E[z|x, y], the mean of z, it is thus (up to
         # t = 0.95) its own mean, u_t^target(x|y), the field sought (Li & He 2025, Back to Basics).
         z_hat = unpatchify(h, self.patch, self.shape)                  # (B, C, H, W)
+        # A guess beyond the bound counts as on it: for a black pixel, -1 or less is right. It need
+        # not be hit exactly, although 1 - t divides its error; the effort goes into the strokes.
+        z_hat = z_hat.clamp(-self.bound, self.bound)
         return conditional_vector_field(x, z_hat, t)                   # here (z_hat - x) / (1 - t)

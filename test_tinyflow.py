@@ -35,7 +35,6 @@ def mixture_field(x, t, y):
     weight = (-away.square().sum(2) / (2 * variance[:, 0])).softmax(1)         # (B, class)
     weight = torch.where((y == 2)[:, None], weight, F.one_hot(y % 2, 2).float())
     return (weight[:, :, None] * u).sum(1)
-
 def trigonometric_path(t):
     angle = t * math.pi / 2
     return angle.sin(), angle.cos(), math.pi / 2 * angle.cos(), -math.pi / 2 * angle.sin()
@@ -254,11 +253,14 @@ def test_only_positions_tell_attention_the_order_of_its_tokens():
     model.position.zero_()
     assert torch.allclose(shuffle(predict(image)), predict(shuffle(image)), atol=1e-4)
 
-def test_a_new_block_is_the_identity_and_a_new_dit_predicts_z_hat_0():
-    h, x, t = torch.randn(2, 5, 16), torch.randn(4, 1, 32, 32), torch.rand(4)
+def test_a_new_block_is_the_identity_and_a_dit_predicts_z_hat_first_0_and_never_out_of_bounds():
+    h, x, t = torch.randn(2, 5, 16), torch.randn(4, 1, 32, 32), 0.9 * torch.rand(4)
     assert torch.equal(DiTBlock(16, heads=2)(h, torch.randn(2, 16)), h)
-    u = DiT(dim=16, depth=2, heads=2)(x, t, torch.arange(4))
-    assert torch.allclose(u, -x / (1 - t).clamp(min=0.05)[:, None, None, None])    # (0 - x)/(1 - t)
+    model = DiT(dim=16, depth=2, heads=2, bound=0.5)
+    for more, z_hat in (0, 0), (0.3, 0.3), (7, 0.5), (-14, -0.5):
+        model.last.bias.data += more
+        u = model(x, t, torch.arange(4))
+        assert torch.allclose(u, (z_hat - x) / (1 - t)[:, None, None, None], atol=1e-4)
 
 # ---- 2.3  The VAE ------------------------------------------------------------------------------
 def test_the_kl_divergence_is_that_of_torch_distributions():
@@ -356,9 +358,8 @@ def test_each_run_trains_draws_and_answers_a_prompt(name, digits, tmp_path, caps
     for picture, size in {'guidance': (128, 320), 'path': (320, 288), 'prompt': (128, 96)}.items():
         assert decode_png(tmp_path / f'{name}_{picture}.png').shape == size
     model, vae = train_mnist.load_checkpoint(tmp_path / f'{name}.pt', CPU)
-    average = torch.load(tmp_path / f'{name}.pt', weights_only=True)['average']
-    assert all(torch.equal(value, average[key]) for key, value in model.state_dict().items())
-    assert not model.training
+    saved = torch.load(tmp_path / f'{name}.pt', weights_only=True)['average']
+    assert all(v.equal(saved[key]) for key, v in model.state_dict().items()) and not model.training
     if 'latent' in name:
         z = vae.to_latent(train_mnist.to_model(train_mnist.load_mnist(digits)[0]))
         assert abs(z.std() - 1) < 0.1 and z.shape[1:] == vae.latent_shape == model.shape
@@ -415,17 +416,16 @@ def test_bad_input_is_refused_with_one_line_and_before_any_work(digits, tmp_path
     vae = dict(name='vae', arguments={'width': 8}, average=VAE(width=8).state_dict(), vae=None)
     torch.save({**vae, **PARTS}, tmp_path / 'vae.pt')
     for line, message in {
-            '--prompt 12a': 'takes digits', '--prompt 7': 'train first', '--resume': 'train first',
-            '--model dit --prompt 7': 'damaged', '--lr nan': '--lr', '--epochs 0': '--epochs',
-            '--steps 0': '--steps', '--batch-size 0': '--batch', '--guidance 1 1e9': '--guidance',
+            '--prompt=': 'digits', '--prompt 12a': 'digits', '--model dit --prompt 7': 'damaged',
+            '--epochs 0': '--epochs', '--batch-size 0': '--batch', '--guidance 1 1e9': '--guidance',
             '--device cuda:99': '--device', '--device hpu': '--device', f'--seed {2**70}': '--seed',
             '--batch-size 201': '200 digits', '--data no.npz': 'no.npz', '--lr 1e5': 'diverged',
             f'--data {tmp_path}/other.npz': 'other.npz', f'--data {__file__}': 'does not hold',
-            f'--out {tmp_path}/file': 'file', '--latent': 'vae.pt has other settings'}.items():
+            '--prompt 7': 'train first', '--steps 0': '--steps', f'--out {tmp_path}/file': 'file',
+            '--latent': 'other settings', '--resume': 'train first', '--lr nan': '--lr'}.items():
         assert train_mnist.main(command(digits, tmp_path, *line.split())) == 1, line
         error = capsys.readouterr().err
         assert message in error and error.count('\n') == 1, error
-    assert train_mnist.main(command(digits, tmp_path, '--prompt', '')) == 1
     assert sorted(os.listdir(tmp_path)) == ['dit.pt', 'file', 'other.npz', 'vae.pt']
 
 def test_a_checkpoint_with_a_damaged_or_foreign_part_is_refused(tmp_path):
