@@ -121,7 +121,7 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """u_t^θ(x, y) for images x (B, C, H, W), times t (B,) and labels y (B,); u is like x.
 
-    Inside, the tokens predict z_hat, a guess at z, and keep it from -bound to bound (pixels: 1).
+    Inside, the tokens predict z_hat, a guess at z, held in -bound … bound (pixels: 1, latents: ∞).
     ValueError unless the image is a square of whole patches, and dim divisible by 4 and by heads.
     """
 
@@ -165,6 +165,6 @@ class DiT(nn.Module):
         # t = 0.95) its own mean, u_t^target(x|y), the field sought (Li & He 2025, Back to Basics).
         z_hat = unpatchify(h, self.patch, self.shape)                  # (B, C, H, W)
         # A guess beyond the bound counts as on it: for a black pixel, -1 or less is right. It need
-        # not be hit exactly, although 1 - t divides its error; the effort goes into the strokes.
+        # not be hit exactly, although 1 - t divides its error. So digits are good sooner.
         z_hat = z_hat.clamp(-self.bound, self.bound)
         return conditional_vector_field(x, z_hat, t)                   # here (z_hat - x) / (1 - t)
