@@ -1,8 +1,7 @@
 """The Diffusion Transformer, DiT: section 2.2 of the notes, figure 4 (Peebles & Xie 2023).
 
-No convolution. As in the ViT (Dosovitskiy et al. 2020) the image is cut into patches, each becomes
-a vector, a token, and the tokens look at one another through self-attention: any sees any other in
-a single step, near or far. Time and label steer every block (see DiTBlock). On MNIST's pixels:
+No convolution. As in the ViT (Dosovitskiy et al. 2020) the image is cut into patches, and each of
+them, as a vector, a token, sees all others by self-attention. t and y steer every block. On MNIST:
 
     x (1, 32, 32) ── patchify ──> (64, 16) ── Linear, + position, + label_map ──> tokens (64, dim)
     tokens, and c from t and y ── DiTBlock × depth ──> (64, dim) ── norm, Linear ──> (64, 16)
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tinyflow import ConditionEmbedding, conditional_vector_field
+from tinyflow import ConditionEmbedding, conditional_vector_field, path_coefficients
 
 
 # ---- Patches and positions ---------------------------------------------------------------------
@@ -71,8 +70,7 @@ class SelfAttention(nn.Module):
         # products of d numbers spread like √d; / √d keeps them where the softmax has a gradient.
         scores = q @ k.transpose(-2, -1) / math.sqrt(dim // self.heads)     # (B, heads, N, N)
         out = scores.softmax(dim=-1) @ v                               # (B, heads, N, d)
-        out = out.transpose(1, 2).reshape(B, N, dim)                   # heads side by side again
-        return self.proj(out)                                          # (B, N, dim)
+        return self.proj(out.transpose(1, 2).reshape(B, N, dim))       # heads side by side again
 
 
 # ---- The adaLN-Zero block ----------------------------------------------------------------------
@@ -142,7 +140,6 @@ class DiT(nn.Module):
         # Attention by itself does not know where a token is: shuffle them, and the results shuffle.
         self.register_buffer('position', position_embedding(height // patch, dim))
         # c tells all tokens the same; a learned vector for each y and place says what goes where.
-        # More digits are then the ones asked for. (With PyTorch's N(0, 1) the loss falls slower.)
         self.label_map = nn.Embedding(num_classes + 1, self.position.numel())
         nn.init.normal_(self.label_map.weight, std=0.3)
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
@@ -163,8 +160,11 @@ class DiT(nn.Module):
         # path, holds a fresh random number per pixel, for every block to pass on. Nothing is lost:
         # u_t^target(x|z) is affine in z. At z_hat = E[z|x, y], the mean of z, it is thus (up to
         # t = 0.95) its own mean, u_t^target(x|y), the field sought (Li & He 2025, Back to Basics).
-        z_hat = unpatchify(h, self.patch, self.shape)                  # (B, C, H, W)
-        # A guess beyond the bound counts as on it: for a black pixel, -1 or less is right. It need
-        # not be hit exactly, although 1 - t divides its error. So digits are good sooner.
-        z_hat = z_hat.clamp(-self.bound, self.bound)
+        guess = unpatchify(h, self.patch, self.shape)                  # (B, C, H, W)
+        # A guess beyond the bound counts as on it: for a black pixel, -1 or less is right. Yet its
+        # gradient passes, so a wrong one comes back; but times β: u divides by β, so that t near 1,
+        # where the digit is long decided, would pull hardest. The best z_hat at each t is the same.
+        beta = path_coefficients(t, x)[1]                              # (B, 1, 1, 1), here 1 - t
+        through = beta * (guess - guess.detach())                      # 0, but its gradient is β
+        z_hat = guess.clamp(-self.bound, self.bound).detach() + through
         return conditional_vector_field(x, z_hat, t)                   # here (z_hat - x) / (1 - t)

@@ -88,8 +88,7 @@ def test_the_program_in_the_readme_learns_the_field_of_each_class_and_of_both_to
     x = conditional_path(z, torch.randn(3000, 2), t)[0]
     truth = mixture_field(x, t, y)
     error = (world['model'](x, t, y) - truth).square().mean(1)
-    for label in range(3):
-        assert error[y == label].mean() < 0.05 * truth[y == label].square().mean()
+    assert all(error[y == k].mean() < 0.05 * truth[y == k].square().mean() for k in range(3))
 
 def test_the_average_of_steadily_growing_weights_is_a_tenth_of_the_steps_behind():
     model, average = nn.Linear(1, 1), nn.Linear(1, 1)
@@ -261,6 +260,8 @@ def test_a_new_block_is_the_identity_and_a_dit_predicts_z_hat_first_0_and_never_
         model.last.bias.data += more
         u = model(x, t, torch.arange(4))
         assert torch.allclose(u, (z_hat - x) / (1 - t)[:, None, None, None], atol=1e-4)
+        slope, = torch.autograd.grad(u.sum(), model.last.bias)     # beyond the bound, too, and at
+        assert torch.allclose(slope, torch.tensor(4 * 64.0))       # each t: 1 an image and patch
 
 # ---- 2.3  The VAE ------------------------------------------------------------------------------
 def test_the_kl_divergence_is_that_of_torch_distributions():
@@ -373,8 +374,7 @@ def same_weights(*paths):
 def test_the_same_seed_gives_the_same_bytes_and_resume_is_exact(digits, tmp_path, monkeypatch):
     monkeypatch.setitem(train_mnist.RUNS['unet'], 'arguments', SMALL)
     one, two, cut = [tmp_path / name for name in ('one', 'two', 'cut')]
-    for out in (one, two):
-        assert train_mnist.main(command(digits, out, '--epochs', '2')) == 0
+    assert all(train_mnist.main(command(digits, out, '--epochs', '2')) == 0 for out in (one, two))
     files = ['unet.pt', 'unet_guidance.png', 'unet_path.png']
     assert all((one / file).read_bytes() == (two / file).read_bytes() for file in files)
     for moment, more in {'unet.pt.tmp': (), 'unet_guidance.png': ['--resume']}.items():
