@@ -119,7 +119,7 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """u_t^θ(x, y) for images x (B, C, H, W), times t (B,) and labels y (B,); u is like x.
 
-    Inside, the tokens predict z_hat, a guess at z, held in -bound … bound (pixels: 1, latents: ∞).
+    Inside, the tokens predict z_hat, a guess at z, in -bound … bound (1 for pixels, ∞ for latents).
     ValueError unless the image is a square of whole patches, and dim divisible by 4 and by heads.
     """
 
@@ -139,9 +139,9 @@ class DiT(nn.Module):
         self.first = nn.Linear(channels * patch ** 2, dim)
         # Attention by itself does not know where a token is: shuffle them, and the results shuffle.
         self.register_buffer('position', position_embedding(height // patch, dim))
-        # c tells all tokens the same; a learned vector for each y and place says what goes where.
+        # Not in the paper: c tells all tokens the same; this map, for each y, what goes where.
         self.label_map = nn.Embedding(num_classes + 1, self.position.numel())
-        nn.init.normal_(self.label_map.weight, std=0.3)
+        nn.init.normal_(self.label_map.weight, std=0.3)    # N(0, 1), PyTorch's, learns slower
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = zero_linear(dim, 2 * dim)
@@ -158,13 +158,13 @@ class DiT(nn.Module):
         h = self.last(modulate(self.last_norm(h), scale, shift))       # (B, N, C patch²)
         # The tokens predict the clean z, not u. A digit varies in few ways; u, z - ε on a straight
         # path, holds a fresh random number per pixel, for every block to pass on. Nothing is lost:
-        # u_t^target(x|z) is affine in z. At z_hat = E[z|x, y], the mean of z, it is thus (up to
-        # t = 0.95) its own mean, u_t^target(x|y), the field sought (Li & He 2025, Back to Basics).
+        # u_t^target(x|z) is affine in z, so at z_hat = E[z|x, y], the mean of z, it is (up to
+        # t = 0.95) the mean of u, u_t^target(x|y), the field sought (Li & He 2025, Back to Basics).
         guess = unpatchify(h, self.patch, self.shape)                  # (B, C, H, W)
-        # A guess beyond the bound counts as on it: for a black pixel, -1 or less is right. Yet its
-        # gradient passes, so a wrong one comes back; but times β: u divides by β, so that t near 1,
-        # where the digit is long decided, would pull hardest. The best z_hat at each t is the same.
+        # Forward, a clamp: for a black pixel, any guess ≤ -1 is right. Backward none, so a wrong
+        # guess can return; but times β. The loss of u weighs an error of z_hat by 1/β², most near
+        # t = 1, where the digit is long decided; now by 1/β. The best z_hat at each t is the same.
         beta = path_coefficients(t, x)[1]                              # (B, 1, 1, 1), here 1 - t
         through = beta * (guess - guess.detach())                      # 0, but its gradient is β
         z_hat = guess.clamp(-self.bound, self.bound).detach() + through
-        return conditional_vector_field(x, z_hat, t)                   # here (z_hat - x) / (1 - t)
+        return conditional_vector_field(x, z_hat, t)       # up to t = 0.95, (z_hat - x) / (1 - t)

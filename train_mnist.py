@@ -25,7 +25,7 @@ RUNS = dict(    # into args, by `main`: how it is built, passes over the data, b
     dit=dict(arguments=dict(bound=1.0), epochs=2.75, batch_size=64, lr=3e-3),  # 64 patches of 4x4
     unet_latent=dict(arguments=dict(shape=(4, 8, 8), widths=(96, 128), patch=1, label_map=True),
                      epochs=4, batch_size=128, lr=3e-3),
-    dit_latent=dict(arguments=dict(shape=(4, 8, 8), patch=2), epochs=5, batch_size=64, lr=3e-3),
+    dit_latent=dict(arguments=dict(shape=(4, 8, 8), patch=2), epochs=4.75, batch_size=64, lr=3e-3),
     vae=dict(arguments={}, epochs=1.5, batch_size=32, lr=2e-3, seed=0),    # one for all runs
 )
 
