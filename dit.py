@@ -163,7 +163,7 @@ class DiT(nn.Module):
         guess = unpatchify(h, self.patch, self.shape)                  # (B, C, H, W)
         # Forward, a clamp: for a black pixel, any guess ≤ -1 is right. Backward none, so a wrong
         # guess can return; but times β. The loss of u weighs an error of z_hat by 1/β², most near
-        # t = 1, where the digit is long decided; now by 1/β. The best z_hat at each t is the same.
+        # t = 1, where the digit is long decided; its gradient, now, by 1/β. The best z_hat stays.
         beta = path_coefficients(t, x)[1]                              # (B, 1, 1, 1), here 1 - t
         through = beta * (guess - guess.detach())                      # 0, but its gradient is β
         z_hat = guess.clamp(-self.bound, self.bound).detach() + through
