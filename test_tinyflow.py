@@ -261,7 +261,7 @@ def test_a_new_block_is_the_identity_and_a_dit_predicts_z_hat_first_0_and_never_
         u = model(x, t, torch.arange(4))
         assert torch.allclose(u, (z_hat - x) / (1 - t)[:, None, None, None], atol=1e-4)
         slope, = torch.autograd.grad(u.sum(), model.last.bias)     # beyond the bound, too, and at
-        assert torch.allclose(slope, torch.tensor(4 * 64.0))       # each t 1, for 4 images, 64 patches
+        assert torch.allclose(slope, torch.tensor(4 * 64.0))       # each t: 1 for each patch
 
 # ---- 2.3  The VAE ------------------------------------------------------------------------------
 def test_the_kl_divergence_is_that_of_torch_distributions():
