@@ -22,7 +22,7 @@ from vae import VAE, reparameterize, vae_loss                              # §2
 NETWORKS = {'unet': UNet, 'dit': DiT, 'vae': VAE}
 RUNS = dict(    # into args, by `main`: how it is built, passes over the data, batch size, peak rate
     unet=dict(arguments=dict(widths=(16, 48, 64, 128), patch=1), epochs=4, batch_size=128, lr=3e-3),
-    dit=dict(arguments=dict(bound=1.0), epochs=2.75, batch_size=64, lr=3e-3),  # 64 patches of 4x4
+    dit=dict(arguments=dict(bound=1.0), epochs=2.4, batch_size=64, lr=4e-3),   # 64 patches of 4x4
     unet_latent=dict(arguments=dict(shape=(4, 8, 8), widths=(96, 128), patch=1, label_map=True),
                      epochs=4, batch_size=128, lr=3e-3),
     dit_latent=dict(arguments=dict(shape=(4, 8, 8), patch=2), epochs=4.75, batch_size=64, lr=3e-3),
