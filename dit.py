@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tinyflow import ConditionEmbedding, conditional_vector_field, path_coefficients
+from tinyflow import ConditionEmbedding, conditional_vector_field
 
 
 # ---- Patches and positions ---------------------------------------------------------------------
@@ -162,9 +162,9 @@ class DiT(nn.Module):
         # t = 0.95) the mean of u, u_t^target(x|y), the field sought (Li & He 2025, Back to Basics).
         guess = unpatchify(h, self.patch, self.shape)                  # (B, C, H, W)
         # Forward, a clamp: for a black pixel, any guess ≤ -1 is right. Backward none, so a wrong
-        # guess can return; but times β. The loss of u weighs an error of z_hat by 1/β², most near
-        # t = 1, where the digit is long decided; its gradient, now, by 1/β. The best z_hat stays.
-        beta = path_coefficients(t, x)[1]                              # (B, 1, 1, 1), here 1 - t
-        through = beta * (guess - guess.detach())                      # 0, but its gradient is β
+        # guess can return; but times 1 - t. The loss of u divides a squared error of z_hat by
+        # (1 - t)², so t near 1 would rule, where the digit is long decided. The best z_hat stays.
+        weight = (1 - t)[:, None, None, None]                          # (B, 1, 1, 1)
+        through = weight * (guess - guess.detach())                    # 0, but its gradient: weight
         z_hat = guess.clamp(-self.bound, self.bound).detach() + through
         return conditional_vector_field(x, z_hat, t)       # up to t = 0.95, (z_hat - x) / (1 - t)
