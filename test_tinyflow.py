@@ -256,12 +256,12 @@ def test_a_new_block_is_the_identity_and_a_dit_predicts_z_hat_first_0_and_never_
     h, x, t = torch.randn(2, 5, 16), torch.randn(4, 1, 32, 32), 0.9 * torch.rand(4)
     assert torch.equal(DiTBlock(16, heads=2)(h, torch.randn(2, 16)), h)
     model = DiT(dim=16, depth=2, heads=2, bound=0.5)
-    for more, z_hat in (0, 0), (0.3, 0.3), (7, 0.5), (-14, -0.5):
+    for more, z_hat, reach in (0, 0, 1), (0.3, 0.3, 1), (0.5, 0.5, 1), (7, 0.5, 0), (-14, -0.5, 0):
         model.last.bias.data += more
         u = model(x, t, torch.arange(4))
         assert torch.allclose(u, (z_hat - x) / (1 - t)[:, None, None, None], atol=1e-4)
-        slope, = torch.autograd.grad(u.sum(), model.last.bias)     # beyond the bound, too, and at
-        assert torch.allclose(slope, torch.tensor(4 * 64.0))       # each t: 1 for each patch
+        slope, = torch.autograd.grad(u.sum(), model.last.bias)     # at each t 1 for each patch, up
+        assert torch.allclose(slope, torch.tensor(4 * 64.0 * reach))       # to twice the bound
 
 # ---- 2.3  The VAE ------------------------------------------------------------------------------
 def test_the_kl_divergence_is_that_of_torch_distributions():
