@@ -160,10 +160,10 @@ class DiT(nn.Module):
         # path, holds a fresh random number per pixel, for every block to pass on. Nothing is lost:
         # u_t^target(x|z) is affine in z, so at z_hat = E[z|x, y], the mean of z, it is (up to
         # t = 0.95) the mean of u, u_t^target(x|y), the field sought (Li & He 2025, Back to Basics).
+        # Forward, a clamp to ±1: for a black pixel, any guess ≤ -1 is right. Backward, one to ±2: a
+        # wrong guess can return, none runs away. And times 1 - t: the loss of u divides the squared
+        # error of z_hat by (1 - t)², so t near 1 would rule, the digit long decided.
         guess = unpatchify(h, self.patch, self.shape).clamp(-2 * self.bound, 2 * self.bound)
-        # Forward, a clamp: for a black pixel, any guess ≤ -1 is right. Backward only the wider one
-        # above: wrong guesses can return, none runs away. And times 1 - t: the loss of u divides a
-        # squared error of z_hat by (1 - t)², so late t would rule, the digit long decided.
         weight = (1 - t)[:, None, None, None]                          # (B, 1, 1, 1)
         through = weight * (guess - guess.detach())                    # 0, but its gradient: weight
         z_hat = guess.clamp(-self.bound, self.bound).detach() + through
