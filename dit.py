@@ -21,7 +21,7 @@ from tinyflow import ConditionEmbedding, conditional_vector_field
 def patchify(x, patch):
     """Cut x (B, C, H, W) into patches, row by row: (B, N, C patch²), N = H/patch · W/patch."""
     B, C, H, W = x.shape
-    x = x.reshape(B, C, H // patch, patch, W // patch, patch)      # H: which patch, where in it
+    x = x.reshape(B, C, H // patch, patch, W // patch, patch)      # H, W = which patch, where in it
     x = x.permute(0, 2, 4, 1, 3, 5)                        # (B, H/patch, W/patch, C, patch, patch)
     return x.reshape(B, -1, C * patch * patch)             # (B, N, C patch²)
 
@@ -40,7 +40,7 @@ def position_embedding(grid, dim):
     Half of it encodes the row and half the column, each as sines and cosines from fast to slow, so
     near places have similar vectors (Attention Is All You Need, but in 2-D). 4 must divide `dim`.
     """
-    # Not down to 1/10000, as in the paper: over 8 patches in a row, such waves would hardly change.
+    # The paper goes on to 1/10000: over 8 patches in a row, such waves would hardly change.
     frequency = 100 ** -torch.linspace(0, 1, dim // 4)                 # 1 … 1/100 rad a patch
     angle = torch.arange(grid)[:, None] * frequency                    # (grid, dim/4)
     line = torch.cat([angle.sin(), angle.cos()], dim=1)                # (grid, dim/2)
@@ -67,7 +67,7 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, dim // self.heads)   # (B, N, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                           # 3 × (B, heads, N, d)
         # Row i: how much token i listens to each token j; the softmax makes shares of it. Dot
-        # products of d numbers spread like √d; / √d keeps them where the softmax has a gradient.
+        # products of d numbers spread like √d; divided, they stay where the softmax has a slope.
         scores = q @ k.transpose(-2, -1) / math.sqrt(dim // self.heads)     # (B, heads, N, N)
         out = scores.softmax(dim=-1) @ v                               # (B, heads, N, d)
         return self.proj(out.transpose(1, 2).reshape(B, N, dim))       # heads side by side again
@@ -119,7 +119,7 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """u_t^θ(x, y) for images x (B, C, H, W), times t (B,) and labels y (B,); u is like x.
 
-    Inside, the tokens predict z_hat, a guess at z, in -bound … bound (1 for pixels, ∞ for latents).
+    Inside, the tokens predict z_hat, a guess at z within ±bound: give 1 for pixels, ∞ for latents.
     ValueError unless the image is a square of whole patches, and dim divisible by 4 and by heads.
     """
 
@@ -139,9 +139,9 @@ class DiT(nn.Module):
         self.first = nn.Linear(channels * patch ** 2, dim)
         # Attention by itself does not know where a token is: shuffle them, and the results shuffle.
         self.register_buffer('position', position_embedding(height // patch, dim))
-        # Not in the paper: c tells all tokens the same; this map, for each y, what goes where.
+        # Not in the DiT paper. c tells all tokens the same; row y of this map has a vector each.
         self.label_map = nn.Embedding(num_classes + 1, self.position.numel())
-        nn.init.normal_(self.label_map.weight, std=0.3)    # N(0, 1), PyTorch's, learns slower
+        nn.init.normal_(self.label_map.weight, std=0.3)    # PyTorch's N(0, 1) learns slower
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = zero_linear(dim, 2 * dim)
@@ -156,15 +156,15 @@ class DiT(nn.Module):
             h = block(h, c)                                            # (B, N, dim)
         scale, shift = self.last_modulation(F.silu(c))[:, None].chunk(2, dim=-1)   # 2 × (B, 1, dim)
         h = self.last(modulate(self.last_norm(h), scale, shift))       # (B, N, C patch²)
-        # The tokens predict the clean z, not u. A digit varies in few ways; u, z - ε on a straight
-        # path, holds a fresh random number per pixel, for every block to pass on. Nothing is lost:
-        # u_t^target(x|z) is affine in z, so at z_hat = E[z|x, y], the mean of z, it is (up to
-        # t = 0.95) the mean of u, u_t^target(x|y), the field sought (Li & He 2025, Back to Basics).
-        # Forward, a clamp to ±1: for a black pixel, any guess ≤ -1 is right. Backward, one to ±2: a
-        # wrong guess can return, none runs away. And times 1 - t: the loss of u divides the squared
-        # error of z_hat by (1 - t)², so t near 1 would rule, the digit long decided.
+        # The tokens predict the clean z, not u. A digit varies in few ways; u (z - ε on a straight
+        # path) holds a fresh random number per pixel, for all blocks to carry. Nothing is lost:
+        # u_t^target(x|z) is affine in z, so with z_hat = E[z|x, y] for z it gives (up to t = 0.95)
+        # its own mean over z, u_t^target(x|y), the field sought (Li & He 2025, Back to Basics).
+        # The value is clamped to ±bound: for a black pixel, -1, any guess ≤ -1 is right. A gradient
+        # passes up to ±2 bound: a wrong guess can return, none is pushed further. It is scaled by
+        # 1 - t, for the loss of u divides z_hat's squared error by (1 - t)²: t near 1 would rule.
         guess = unpatchify(h, self.patch, self.shape).clamp(-2 * self.bound, 2 * self.bound)
         weight = (1 - t)[:, None, None, None]                          # (B, 1, 1, 1)
-        through = weight * (guess - guess.detach())                    # 0, but its gradient: weight
+        through = weight * (guess - guess.detach())                    # value 0, gradient weight
         z_hat = guess.clamp(-self.bound, self.bound).detach() + through
         return conditional_vector_field(x, z_hat, t)       # up to t = 0.95, (z_hat - x) / (1 - t)

@@ -53,7 +53,7 @@ def load_mnist(path):
                 x = np.pad(x[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))   # 32 halves often
                 tensors += [torch.from_numpy(x), torch.from_numpy(y.astype(np.int64))]
     except Exception as error:              # a damaged or foreign file fails in one of a dozen ways
-        raise ValueError(f'{path} does not hold digits like data/mnist.npz: {error}') from error
+        raise ValueError(f'--data {path} does not hold digits in 28x28 pixels: {error}') from error
     return tuple(tensors)
 
 
@@ -106,7 +106,7 @@ def rebuild(state):
 
 def read_checkpoint(path, name=None):
     """The dictionary in a checkpoint; ValueError if it is not there, damaged, or not of `name`."""
-    require(os.path.exists(path), f'{path} is not there: train first, without --prompt or --resume')
+    require(os.path.exists(path), f'{path} is not there: check --model, --latent, or train first')
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)    # values, never code
         for part in filter(None, (state, state['vae'])):       # look all up: what is amiss raises
@@ -149,7 +149,8 @@ def train(name, path, args, data, state=None, vae_state=None):
     """
     x_train, y_train, x_test, y_test = data                                # see load_mnist
     settings = {key: vars(args)[key] for key in (*RUNS[name], 'seed', 'data')}  # make a run
-    require(not state or state['settings'] == settings, f'{path} has other settings; change --out')
+    was = state['settings'] if state else settings
+    require(was == settings, f'{path} has other settings, {was}; give these, or another --out')
     first = state['step'] if state else 0              # steps done before
     torch.manual_seed(args.seed)
     loss_of = cfm_loss if name != 'vae' else lambda vae, x, y: vae_loss(vae, x, beta=1e-3)[0]
@@ -201,7 +202,7 @@ def train(name, path, args, data, state=None, vae_state=None):
                 torch.manual_seed(0)                           # each epoch meets the same t, ε, ∅
                 loss = loss_of(average, held_out, y_test[:1000])
                 require(math.isfinite(loss), f'step {done} diverged: not saved; try a lower --lr')
-                if name == 'vae':                      # by which latents get deviation 1
+                if name == 'vae':                      # to_latent divides by their std
                     average.latent_scale.copy_(reparameterize(*average.encode(held_out)).std())
             saved = dict(name=name, arguments=args.arguments, vae=vae_state, settings=settings,
                          step=done, rng=torch.get_rng_state())     # to resume: these and the parts
@@ -288,7 +289,7 @@ def main(argv=None):
     add('--device', default=best, help='cuda, mps or cpu (here: %(default)s)')
     add('--data', default='data/mnist.npz', help='digits to learn (%(default)s)')
     add('--out', default='out', help='folder to write to (%(default)s)')
-    add('--resume', action='store_true', help='go on with a run: the same command, and this')
+    add('--resume', action='store_true', help='go on where the same command stopped, not anew')
     args = parser.parse_args(argv)
     name = f'{args.model}_latent' if args.latent else args.model
     parser.set_defaults(**RUNS[name])                  # parsed again, they fill what was not given
@@ -296,7 +297,7 @@ def main(argv=None):
         run(parser.parse_args(argv), name)
         return 0
     except (ValueError, OSError, RuntimeError, AssertionError, ImportError) as error:  # or no GPU
-        print(f'train_mnist.py --device {args.device}: {error}'.splitlines()[0], file=sys.stderr)
+        print(f'train_mnist.py (--device {args.device}): {error}'.splitlines()[0], file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print('stopped; the same command with --resume goes on with what is saved', file=sys.stderr)
