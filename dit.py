@@ -139,7 +139,7 @@ class DiT(nn.Module):
         self.first = nn.Linear(channels * patch ** 2, dim)
         # Attention by itself does not know where a token is: shuffle them, and the results shuffle.
         self.register_buffer('position', position_embedding(height // patch, dim))
-        # Not in the DiT paper. c tells all tokens the same; row y of this map has a vector each.
+        # Not in the DiT paper. c tells all tokens the same; row y of this map tells each its own.
         self.label_map = nn.Embedding(num_classes + 1, self.position.numel())
         nn.init.normal_(self.label_map.weight, std=0.3)    # PyTorch's N(0, 1) learns slower
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
@@ -160,11 +160,11 @@ class DiT(nn.Module):
         # path) holds a fresh random number per pixel, for all blocks to carry. Nothing is lost:
         # u_t^target(x|z) is affine in z, so with z_hat = E[z|x, y] for z it gives (up to t = 0.95)
         # its own mean over z, u_t^target(x|y), the field sought (Li & He 2025, Back to Basics).
-        # The value is clamped to ±bound: for a black pixel, -1, any guess ≤ -1 is right. A gradient
-        # passes up to ±2 bound: a wrong guess can return, none is pushed further. It is scaled by
-        # 1 - t, for the loss of u divides z_hat's squared error by (1 - t)²: t near 1 would rule.
-        guess = unpatchify(h, self.patch, self.shape).clamp(-2 * self.bound, 2 * self.bound)
-        weight = (1 - t)[:, None, None, None]                          # (B, 1, 1, 1)
-        through = weight * (guess - guess.detach())                    # value 0, gradient weight
+        # z_hat's value is clamped to ±bound: for a black pixel, -1, any guess ≤ -1 is right. The
+        # gradient passes up to ±2 bound: a wrong guess can return, none is pushed further. It has a
+        # factor 1 - t: the loss of u divides z_hat's error² by (1 - t)², so t near 1 would rule.
+        guess = unpatchify(h, self.patch, self.shape)                  # (B, C, H, W)
+        guess = guess.clamp(-2 * self.bound, 2 * self.bound)           # here the gradient ends
+        through = (1 - t)[:, None, None, None] * (guess - guess.detach())  # value 0, gradient 1 - t
         z_hat = guess.clamp(-self.bound, self.bound).detach() + through
         return conditional_vector_field(x, z_hat, t)       # up to t = 0.95, (z_hat - x) / (1 - t)
