@@ -138,8 +138,8 @@ def show(line, passing=False):
     """Print a line; on a terminal, the next one takes the place of a passing one."""
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns - 1
-        line = '\r' + (line[:width] if passing else line).ljust(width)
-    print(line, end='' if passing and sys.stdout.isatty() else '\n', flush=True)
+        line = (line[:width] if passing else line).ljust(width)
+    print(line, end='\r' if passing and sys.stdout.isatty() else '\n', flush=True)
 
 
 def train(name, path, args, data, state=None, vae_state=None):
@@ -152,7 +152,7 @@ def train(name, path, args, data, state=None, vae_state=None):
     was = state['settings'] if state else settings
     require(was == settings, f'{path} has other settings, {was}; give these, or another --out')
     first = state['step'] if state else 0              # steps done before
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + first)               # + first: resumed, a GPU repeats no draw
     loss_of = cfm_loss if name != 'vae' else lambda vae, x, y: vae_loss(vae, x, beta=1e-3)[0]
     points, held_out = (lambda index: to_model(x_train[index])), to_model(x_test[:1000])    # images
     if vae_state:                                      # or, for a latent flow, their latents
