@@ -3,7 +3,7 @@ code does not share: a closed form, a finite difference, PyTorch's own operator,
 import math, os, pathlib, pty, re, resource, signal, struct, subprocess, sys, time, zlib
 
 import numpy as np, pytest, torch
-from torch import nn
+from torch import distributions as D, nn
 from torch.nn import functional as F
 
 import tinyflow, train_mnist
@@ -166,9 +166,8 @@ def test_time_label_and_null_each_change_the_velocity(build, silent):
 
 @NETWORKS
 def test_every_parameter_gets_a_gradient_and_learns(build):
-    model = build()
+    optimizer = torch.optim.Adam((model := build()).parameters(), 1e-2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(4):      # the zeros let the gradient through from the last layer to the first
         cfm_loss(model, torch.randn(66, 1, 32, 32), torch.arange(66) % 11).backward()
         optimizer.step()
@@ -263,9 +262,8 @@ def test_a_new_block_is_the_identity_and_a_dit_predicts_z_hat_first_0_and_never_
 # ---- 2.3  The VAE ------------------------------------------------------------------------------
 def test_the_kl_divergence_is_that_of_torch_distributions():
     mean, logvar = torch.randn(2, 5, 4, 8, 8)
-    normal, kl = torch.distributions.Normal, torch.distributions.kl_divergence
-    expected = kl(normal(mean, (logvar / 2).exp()), normal(0.0, 1.0)).flatten(1).sum(1)
-    assert torch.allclose(kl_divergence(mean, logvar), expected, rtol=1e-4)
+    expected = D.kl_divergence(D.Normal(mean, (logvar / 2).exp()), D.Normal(0.0, 1.0))
+    assert torch.allclose(kl_divergence(mean, logvar), expected.flatten(1).sum(1), rtol=1e-4)
 
 def test_reparameterized_samples_have_mean_deviation_and_gradient():
     mean, logvar = [torch.full((100_000,), v, requires_grad=True) for v in (2.0, math.log(0.25))]
@@ -283,7 +281,7 @@ def test_at_its_best_the_vae_loss_is_minus_the_log_evidence_of_the_data():
         decode = lambda latent: a * latent
     x = math.sqrt(variance) * torch.randn(50_000, 4)
     nats = lambda: vae_loss(vae, x, beta)[0] / beta + math.log(2 * math.pi * s ** 2) / 2
-    evidence = -torch.distributions.Normal(0.0, math.sqrt(variance)).log_prob(x).mean()
+    evidence = -D.Normal(0.0, math.sqrt(variance)).log_prob(x).mean()
     assert abs(nats() - evidence) < 0.01
     shift = 0.3                                                # any other posterior does worse
     assert nats() > evidence + 0.1
@@ -410,23 +408,25 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(digits, tmp_path
     assert os.listdir(tmp_path) == ['unet.pt'] and (tmp_path / 'unet.pt').read_text() == 'as it was'
 
 def test_bad_input_is_refused_with_one_line_and_before_any_work(digits, tmp_path, capsys):
-    (tmp_path / 'file').touch()                                # no folder
-    (tmp_path / 'dit.pt').write_bytes(b'PK truncated')
-    np.savez(tmp_path / 'other.npz', x_train=np.zeros(3))
+    (tmp_path / 'unet_latent.pt').write_bytes(b'PK truncated')
+    x, y = np.zeros((9, 28, 28), np.uint8), np.full(9, 10)     # there is no digit 10
+    np.savez(tmp_path / 'other.npz', x_train=x, y_train=y, x_test=x, y_test=y)
     vae = dict(name='vae', arguments={'width': 8}, average=VAE(width=8).state_dict(), vae=None)
-    torch.save({**vae, **PARTS}, tmp_path / 'vae.pt')
+    for name in 'vae', 'dit':
+        torch.save({**vae, **PARTS}, tmp_path / f'{name}.pt')
     for line, message in {
-            '--prompt=': 'digits', '--prompt 12a': 'digits', '--model dit --prompt 7': 'damaged',
+            '--prompt=': 'digits', '--prompt 12a': 'digits', '--latent --prompt 7': 'damaged',
             '--epochs 0': '--epochs', '--batch-size 0': '--batch', '--guidance 1 1e9': '--guidance',
             '--device cuda:99': '--device', '--device hpu': '--device', f'--seed {2**70}': '--seed',
-            '--batch-size 201': '200 digits', '--data no.npz': 'no.npz', '--lr 1e5': 'diverged',
+            '--batch-size 201': '200 digits', '--lr 1e5': 'diverged, loss', '--lr nan': '--lr',
             f'--data {tmp_path}/other.npz': 'other.npz', f'--data {__file__}': 'does not hold',
-            '--prompt 7': 'train first', '--steps 0': '--steps', f'--out {tmp_path}/file': 'file',
-            '--latent': 'other settings', '--resume': 'train first', '--lr nan': '--lr'}.items():
+            '--data no.npz': 'no.npz', f'--out {tmp_path}/dit.pt': 'dit.pt', '--steps 0': '--steps',
+            '--model dit --prompt 7': 'holds a vae, not a dit', '--latent': 'other settings',
+            '--prompt 7': 'train first', '--resume': 'train first'}.items():
         assert train_mnist.main(command(digits, tmp_path, *line.split())) == 1, line
         error = capsys.readouterr().err
         assert message in error and error.count('\n') == 1, error
-    assert sorted(os.listdir(tmp_path)) == ['dit.pt', 'file', 'other.npz', 'vae.pt']
+    assert sorted(os.listdir(tmp_path)) == ['dit.pt', 'other.npz', 'unet_latent.pt', 'vae.pt']
 
 def test_a_checkpoint_with_a_damaged_or_foreign_part_is_refused(tmp_path):
     state = dict(name='unet', arguments={}, average=UNet().state_dict(), vae=None, **PARTS)
