@@ -217,7 +217,7 @@ def test_muon_steps_along_the_directions_of_the_gradient_with_sizes_made_about_e
     muon = Muon([weight := torch.zeros(shape)], dict(lr=0.1))
     U, V = [torch.linalg.qr(torch.randn(n, 4))[0] for n in weight.flatten(1).shape]
     gradient = (U * torch.tensor([5, 1, 0.1, 0.02]) @ V.T).reshape(shape)
-    for share, at in (1, 1), (-0.6, 0), (0, 1):     # forth; the newest counts double: back; forth
+    for share, at in (1, 1), (-0.6, 0), (0, 1):   # forth; back, as the newest counts double; forth
         weight.grad = share * gradient
         muon.step()
         sizes = -U.T @ weight.flatten(1) @ V / (0.1 * 0.4 * 54 ** 0.5)     # a diagonal matrix
@@ -244,7 +244,7 @@ def test_only_positions_tell_attention_the_order_of_its_tokens():
     shuffle = lambda image: unpatchify(patchify(image, 4)[:, order], 4, (1, 32, 32))
     predict = lambda image: model(image, torch.tensor([0.5, 0.5]), torch.tensor([3, 3]))
     assert not torch.allclose(shuffle(predict(image)), predict(shuffle(image)), atol=1e-2)
-    assert (model.position @ model.position[0]).topk(3).indices.sort()[0].tolist() == [0, 1, 8]
+    assert {*(model.position @ model.position[0]).topk(3)[1].tolist()} == {0, 1, 8}    # neighbours
     model.position.zero_()
     assert torch.allclose(shuffle(predict(image)), predict(shuffle(image)), atol=1e-4)
 
@@ -357,7 +357,7 @@ def test_each_run_trains_draws_and_answers_a_prompt(name, digits, tmp_path, caps
     assert np.array_equal(x_1, w_2.swapaxes(0, 1)) and prompt.shape == (4 * 32, 3 * 32)
     model, vae = train_mnist.load_checkpoint(tmp_path / f'{name}.pt', CPU)
     saved = torch.load(tmp_path / f'{name}.pt', weights_only=True)
-    average, rate = saved['average'], saved['adam']['param_groups'][0]['lr']
+    average, rate = saved['average'], saved['adam']['param_groups'][0]['lr']   # of step 7/8
     assert all(v.equal(average[key]) for key, v in model.state_dict().items())
     assert rate == pytest.approx(train_mnist.RUNS[name]['lr'] * math.cos(7 / 16 * math.pi) ** 2)
     if 'latent' in name:
