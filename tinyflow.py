@@ -2,8 +2,8 @@
 
 A flow turns noise into data. Time t runs from 0 to 1; a point X_t starts as pure noise,
 X_0 ~ p_init = N(0, I), follows a velocity field, dX_t = u_t(X_t|y) dt, and arrives as data,
-X_1 ~ p_data(·|y). The field is a neural network, u_t^θ(x, y), and this file is how it learns
-(`cfm_loss`) and how it draws (`sample`). What the letters stand for:
+X_1 ~ p_data(·|y). The field is a neural network, u_t^θ(x, y): `cfm_loss` trains it, `sample`
+draws with it. What the letters stand for:
 
     z         a data point, z ~ p_data                                  (B, C, H, W)
     noise     ε ~ N(0, I)                                               like z
@@ -13,9 +13,8 @@ X_1 ~ p_data(·|y). The field is a neural network, u_t^θ(x, y), and this file i
     u         a velocity; u_target is u_t^target(x|z)                   like z
     w         the guidance scale: 0 unconditional, 1 conditional, above 1 guided
 
-A model is any nn.Module with forward(x, t, y) -> u and two attributes: `shape` = (C, H, W), and
-`null_label` = num_classes, the label that stands for ∅, "no label". Nothing else is asked of it:
-points in the plane, shape = (2,), will do as well as images.
+A model is any nn.Module with forward(x, t, y) -> u and two attributes: `shape` = (C, H, W), or (2,)
+for points in the plane, and `null_label` = num_classes, the label for ∅, "no label".
 """
 import torch
 from torch import nn
@@ -26,18 +25,12 @@ from torch import nn
 def gaussian_path(t):
     """The path p_t(x|z) = N(α_t z, β_t² I): its α, β and their time derivatives, each like t.
 
-    Any pair with α_0 = β_1 = 0 and α_1 = β_0 = 1 leads from noise to z. This is the straight one,
-    α_t = t and β_t = 1 - t. To try another, change this function: no other code knows the path.
+    Any pair with α_0 = β_1 = 0 and α_1 = β_0 = 1 leads from noise to z; here it is the straight one.
+    To try another, change this function: nothing else knows the path.
     """
     alpha, d_alpha = t, torch.ones_like(t)
     beta, d_beta = 1 - t, -torch.ones_like(t)
     return alpha, beta, d_alpha, d_beta
-
-
-def path_coefficients(t, x):
-    """`gaussian_path(t)`, each (B,) reshaped to (B, 1, …, 1), to be multiplied with x (B, …)."""
-    ones = [1] * (x.dim() - 1)
-    return [coefficient.reshape(-1, *ones) for coefficient in gaussian_path(t)]
 
 
 def conditional_path(z, noise, t):
@@ -45,20 +38,22 @@ def conditional_path(z, noise, t):
 
     x moves along a curve from noise (t = 0) to z (t = 1); its velocity is the curve's derivative.
     """
-    alpha, beta, d_alpha, d_beta = path_coefficients(t, z)
+    t = t.reshape(-1, *[1] * (z.dim() - 1))     # (B, 1, …, 1), to be multiplied with z (B, …)
+    alpha, beta, d_alpha, d_beta = gaussian_path(t)
     x = alpha * z + beta * noise                # x = α_t z + β_t ε, so that x ~ N(α_t z, β_t² I)
     u_target = d_alpha * z + d_beta * noise     # d/dt x = α̇_t z + β̇_t ε; here z - ε
     return x, u_target
 
 
 def conditional_vector_field(x, z, t):
-    """The same u_t^target(x|z) without ε, from x (B, …), for a network that predicts z (the DiT).
+    """The same u_t^target(x|z) from x and z alone, both (B, …): the notes' closed form, like x.
 
-    Solve x = α z + β ε for ε and put it into α̇ z + β̇ ε. On the straight path: (z - x) / (1 - t).
-    Dividing by β_t blows up at t = 1, where β_1 = 0. So β is held above 0.05: u is exact as long as
-    β_t is, here up to t = 0.95; after that the noise in x counts for less than it should.
+    Only the DiT will need it: it guesses z and must return u. Solve x = α z + β ε for ε, put it in
+    α̇ z + β̇ ε: on the straight path (z - x) / (1 - t). β_1 = 0 would divide by zero, so β is held
+    above 0.05; where β_t is above that, here up to t = 0.95, u is exact.
     """
-    alpha, beta, d_alpha, d_beta = path_coefficients(t, x)
+    t = t.reshape(-1, *[1] * (x.dim() - 1))           # (B, 1, …, 1)
+    alpha, beta, d_alpha, d_beta = gaussian_path(t)
     ratio = d_beta / beta.clamp(min=0.05)             # β̇_t/β_t
     return (d_alpha - ratio * alpha) * z + ratio * x  # (α̇_t - (β̇_t/β_t) α_t) z + (β̇_t/β_t) x
 
@@ -66,10 +61,8 @@ def conditional_vector_field(x, z, t):
 # ---- 1.1 and 1.2.2  Training -------------------------------------------------------------------
 
 def drop_labels(y, null_label, p_drop):
-    """Each label of y (B,) becomes ∅ with probability p_drop, in a new tensor (section 1.2.2).
-
-    One network thus learns both fields: u_t^θ(x, y), and u_t^θ(x, ∅) from all classes together.
-    """
+    """Each label of y (B,) becomes ∅ with probability p_drop, in a new tensor (section 1.2.2): one
+    network learns both fields, u_t^θ(x, y) and u_t^θ(x, ∅), the latter from all classes."""
     dropped = torch.rand(y.shape, device=y.device) < p_drop
     return torch.where(dropped, null_label, y)
 
@@ -80,7 +73,8 @@ def cfm_loss(model, z, y, p_drop=0.1):
     L_CFM^guided(θ) = E ‖u_t^θ(x, y) - u_t^target(x|z)‖², (z, y) ~ p_data, t ~ Unif, x ~ p_t(·|z).
     The target belongs to one z; the best answer for given (x, t, y) is its average over all z that
     x may be on its way to, E[u_t^target(x|z) | x, y]: the field u_t^target(x|y) of p_data(·|y); for
-    ∅, u_t^target(x). Raises ValueError unless there is one label for each data point.
+    ∅, u_t^target(x). ValueError if the labels are not as many as the points, or the model does not
+    return the shape of z (PyTorch would stretch a smaller one until it fits, without a word).
     """
     if len(z) != len(y):
         raise ValueError(f'one label a data point: got {len(z)} points and {len(y)} labels')
@@ -88,15 +82,17 @@ def cfm_loss(model, z, y, p_drop=0.1):
     noise = torch.randn_like(z)                                        # ε ~ N(0, I)
     x, u_target = conditional_path(z, noise, t)
     u = model(x, t, drop_labels(y, model.null_label, p_drop))          # u_t^θ(x, y), or u_t^θ(x, ∅)
+    if u.shape != z.shape:
+        raise ValueError(f'the model returns {tuple(u.shape)} for z of {tuple(z.shape)}')
     return (u - u_target).square().mean()       # E over the batch; ‖·‖² divided by its dimension
 
 
 @torch.no_grad()
 def update_average(average, model, step):
-    """After each training step, move the weights of `average` a little towards those of `model`.
+    """Exponential moving average (EMA) of the weights: call it after each training step 0, 1, …
 
-    The weights jitter around a place that is usually better than those they visit; this is their
-    exponential moving average: on average a tenth of the steps so far old, at most 1,000 steps.
+    The weights jitter around a place that is usually better than any they visit, their average.
+    It looks back over about a tenth of the steps so far, at most 1,000; recent ones count most.
     """
     decay = min(0.999, (step + 1) / (step + 10))
     for slow, fast in zip(average.parameters(), model.parameters()):
@@ -110,12 +106,11 @@ def guided_velocity(model, x, t, y, w):
 
     Written as u(x, ∅) + w (u(x, y) - u(x, ∅)) it says what w > 1 does: go on, past the field of the
     label y, in the direction that y adds (Ho & Salimans 2022; their w is our w - 1). Both fields
-    come from one batch of 2B, which costs less than two of B; where w leaves one of them out, it
-    is not computed.
+    come from one pass on a batch of 2B; where w leaves one of them out, it is not computed.
     """
-    null = torch.full_like(y, model.null_label)
     if w == 1:
         return model(x, t, y)
+    null = torch.full_like(y, model.null_label)                                # ∅ for each image
     if w == 0:
         return model(x, t, null)
     both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, y]))   # (2B, C, H, W)
@@ -128,15 +123,19 @@ def guided_velocity(model, x, t, y, w):
 def euler(velocity, x, steps):
     """Solve dX_t = velocity(X_t, t) dt from X_0 = x by Euler's method, in `steps` equal steps.
 
-    A generator of X_t, like x, at t = 0, 1/steps, …, 1: all the way. ValueError if steps < 1.
+    Yields X_t, like x, at t = 0, 1/steps, …, 1, without gradients. ValueError if steps < 1.
     """
     if steps < 1:
         raise ValueError(f'Euler needs at least 1 step, got {steps}')
-    yield x
-    for i in range(steps):
-        t = torch.full((len(x),), i / steps, device=x.device)
-        x = x + velocity(x, t) / steps          # X_{t+h} = X_t + h u_t(X_t|y), h = 1/steps
+
+    @torch.no_grad()    # a function of its own, since a generator would check at its first value
+    def states(x):
         yield x
+        for i in range(steps):
+            t = torch.full((len(x),), i / steps, device=x.device)
+            x = x + velocity(x, t) / steps      # X_{t+h} = X_t + h u_t(X_t|y), h = 1/steps
+            yield x
+    return states(x)
 
 
 @torch.no_grad()
@@ -145,14 +144,16 @@ def sample(model, y, w=1.0, steps=50, noise=None):
 
     `noise`, X_0: by default fresh N(0, I) of model.shape. ValueError for a label out of range.
     """
-    # A tensor on the meta device has a shape but no values: there is nothing to check.
-    if not y.is_meta and ((y < 0) | (y > model.null_label)).any():
+    if ((y < 0) | (y > model.null_label)).any():
         raise ValueError(f'labels are 0 … {model.null_label} (the last is ∅), got {y.tolist()}')
+
+    def velocity(x, t):
+        return guided_velocity(model, x, t, y, w)                      # (1-w) u(x, ∅) + w u(x, y)
+
     if noise is None:
         noise = torch.randn(len(y), *model.shape, device=y.device)     # step 3: X_0 ~ p_init
-    velocity = lambda x, t: guided_velocity(model, x, t, y, w)         # (1-w) u(x, ∅) + w u(x, y)
-    for x in euler(velocity, noise, steps):                            # step 4: dX_t = velocity dt
-        pass                                                           # only X_1 is kept
+    for state in euler(velocity, noise, steps):                        # step 4: dX_t = velocity dt
+        x = state                                                      # the last one is X_1
     return x
 
 
@@ -162,18 +163,18 @@ def sample(model, y, w=1.0, steps=50, noise=None):
 def classify(model, z, draws=16):
     """The label of each z (B, C, H, W) according to the flow, (B,): the one whose loss is lowest.
 
-    A network that draws threes must know a three when it sees one: with y = 3 it predicts the
-    velocity towards a three best. All labels face the same draws of t and noise, or the luck of
-    the draw would decide (Li et al. 2023, Your Diffusion Model is Secretly a Zero-Shot Classifier).
+    With y = 3 a network that draws threes predicts the velocity towards a three best. All labels
+    face the same `draws` of t and noise, or luck would decide (Li et al. 2023).
     """
-    error = torch.zeros(len(z), model.null_label, device=z.device)     # (B, num_classes)
+    num_classes = model.null_label                     # the classes are 0 … num_classes-1, then ∅
+    loss = torch.zeros(len(z), num_classes, device=z.device)
     for i in range(draws):
-        t = (i + torch.rand(len(z), device=z.device)) / draws          # t ~ Unif, draw i in slice i
+        t = (i + torch.rand(len(z), device=z.device)) / draws          # from part i of [0, 1]
         x, u_target = conditional_path(z, torch.randn_like(z), t)
-        for label in range(model.null_label):
+        for label in range(num_classes):
             y = torch.full((len(z),), label, device=z.device)
-            error[:, label] += (model(x, t, y) - u_target).square().flatten(1).sum(1)
-    return error.argmin(1)
+            loss[:, label] += (model(x, t, y) - u_target).square().flatten(1).sum(1)
+    return loss.argmin(1)
 
 
 # ---- 2.1  How t and y reach a network ----------------------------------------------------------
@@ -188,8 +189,7 @@ class ConditionEmbedding(nn.Module):
         super().__init__()
         if dim % 2:
             raise ValueError(f'half of dim are cosines, half sines: it must be even, got {dim}')
-        # Waves from slow to fast, like those of Attention Is All You Need: the slow ones tell early
-        # from late, the fast ones tell nearby times apart. A bare t would enter as one weak number.
+        # Slow waves tell early from late, fast ones nearby times. A bare t would be one weak number.
         self.register_buffer('frequencies', torch.logspace(0, 3, dim // 2))    # 1 … 1000
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Embedding(num_classes + 1, dim)    # ∅ is one more row, learned like a class

@@ -39,26 +39,27 @@ def kl_divergence(mean, logvar):
 # ---- The loss ----------------------------------------------------------------------------------
 
 def vae_loss(vae, x, beta):
-    """The negative ELBO for images x (B, C, H, W); returns (loss, reconstruction, kl), scalars.
+    """The negative ELBO for images x (B, C, H, W): (loss, reconstruction, kl), three scalars.
 
-    The ELBO is the evidence lower bound, the evidence being log p(x). The prior of the latents is
-    N(0, I), their posterior q(latent|x) is the encoder's. With the decoder taken as a Gaussian
-    around D(latent), of variance s² at every pixel, the negative ELBO is
+    `reconstruction` is the mean squared error of a pixel, `kl` is in nats per image, and
 
-        E_q[-log p(x|latent)] + KL(q ‖ N(0, I))  =  E_q ‖x - D(latent)‖² / (2s²) + KL + const,
+        loss = reconstruction + beta · kl / d,        d = C·H·W numbers in an image.
 
-    and times 2s²/d, with d = C·H·W, that is the mean squared error + beta · KL/d with beta = 2s²:
-    s = √(beta/2), 0.022 for 1e-3, is the error that counts as normal. (Not the path's β_t.)
-    A large beta buys a tidy latent space with blurred images and much noise in the latents. Better
-    a small one, such as 1e-3: the flow can undo neither blur nor noise, but copes well with latents
-    that are not quite N(0, I).
-    `reconstruction` is the mean squared error of a pixel, `kl` is in nats per image.
+    Where this comes from: the ELBO, the evidence lower bound, is the most that the VAE can promise
+    of log p(x). With N(0, I) as the prior of the latents, and with a decoder that is right up to
+    Gaussian errors of variance s² at every pixel,
+
+        -ELBO = E_q ‖x - D(latent)‖² / (2s²) + KL(q(latent|x) ‖ N(0, I)) + const.
+
+    Times 2s²/d this is the loss, with beta = 2s². A large beta buys a tidy latent space with
+    blurred images. Better a small one, such as 1e-3: the flow cannot undo blur, but copes with
+    latents that are not quite N(0, I). (beta is the field's name: Higgins et al. 2017, beta-VAE.)
     """
     mean, logvar = vae.encode(x)
     back = vae.decode(reparameterize(mean, logvar))        # one draw stands for E_q
     reconstruction = (x - back).square().mean()
     kl = kl_divergence(mean, logvar).mean()
-    loss = reconstruction + beta * kl / x[0].numel()       # d = C·H·W numbers in an image
+    loss = reconstruction + beta * kl / x[0].numel()
     return loss, reconstruction, kl
 
 
@@ -79,7 +80,8 @@ class VAE(nn.Module):
                              f'by 4, got {H}x{W}')
         self.shape = tuple(shape)
         self.latent_shape = (latent_channels, H // 4, W // 4)
-        # At the line ends: the shapes for MNIST with the defaults, where they change.
+        # At the line ends: the shapes for MNIST with the defaults, where they change. PixelShuffle
+        # doubles the size: it lays out four channels as 2x2 pixels.
         self.encoder = nn.Sequential(                                          # (1, 32, 32)
             nn.Conv2d(channels, width, 4, stride=2, padding=1),                # (32, 16, 16)
             nn.SiLU(),
@@ -95,14 +97,16 @@ class VAE(nn.Module):
             nn.Conv2d(2 * width, 2 * width, 3, padding=1),
             nn.SiLU(),
             nn.Conv2d(2 * width, 4 * width, 3, padding=1),                     # (128, 8, 8)
-            nn.PixelShuffle(2),                # four channels -> 2x2 pixels   # (32, 16, 16)
+            nn.PixelShuffle(2),                                                # (32, 16, 16)
             nn.SiLU(),
             nn.Conv2d(width, width, 3, padding=1),
             nn.SiLU(),
             nn.Conv2d(width, 4 * channels, 3, padding=1),                      # (4, 16, 16)
             nn.PixelShuffle(2),                                                # (1, 32, 32)
         )
-        self.register_buffer('latent_scale', torch.ones(()))  # std of latents; train_mnist sets it
+        # One number, the standard deviation of all latents. Training does not change it: the VAE
+        # is trained with 1, and train_mnist.py measures it and sets it afterwards.
+        self.register_buffer('latent_scale', torch.ones(()))
 
     def encode(self, x):
         """The posterior of each image: mean and logvar, both (B, latent_channels, H/4, W/4)."""
@@ -110,27 +114,17 @@ class VAE(nn.Module):
 
     def decode(self, latent):
         """The image of each latent (B, latent_channels, H/4, W/4): (B, C, H, W)."""
-        return self.decoder(latent.contiguous(memory_format=torch.channels_last))  # see unet.py
+        return self.decoder(latent)
 
     def to_latent(self, x):
         """z = E(x) / latent_scale, the flow's data points, E(x) a sample of the posterior.
 
-        Divided by their deviation, all latents together, they are spread like the noise they are
-        mixed with, as pixels in [-1, 1] about are (Rombach et al. 2022, appendix G).
+        Divided by their standard deviation, the latents are spread like the noise that the flow
+        mixes them with (Rombach et al. 2022, appendix G).
         """
-        return reparameterize(*self.encode(x)) / self.latent_scale
+        mean, logvar = self.encode(x)
+        return reparameterize(mean, logvar) / self.latent_scale
 
     def to_image(self, z):
         """x̃ = D(latent_scale · z̃), the images of what the flow draws."""
         return self.decode(z * self.latent_scale)
-
-    @torch.no_grad()
-    def sampler(self, x):
-        """`to_latent` for a whole dataset x (N, C, H, W): a function from an index (B,) to z.
-
-        The encoder sees each image once. Its posterior is kept, and every batch draws from it anew;
-        were one draw kept instead, the flow would learn the noise in it.
-        """
-        posteriors = [self.encode(part) for part in x.split(1000)]
-        mean, logvar = [torch.cat(parts) for parts in zip(*posteriors)]    # 2 × (N, *latent_shape)
-        return lambda index: reparameterize(mean[index], logvar[index]) / self.latent_scale
