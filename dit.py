@@ -10,8 +10,6 @@ block. With the default sizes:
 
 z_hat is the network's guess at the clean image z. The last line of this file makes u of it.
 """
-import math
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -41,16 +39,15 @@ def position_embedding(rows, columns, dim):
     """A fixed vector for each place on a grid, row by row: (rows·columns, dim).
 
     Half of it encodes the row and half the column, each by sines and cosines of waves from fast to
-    slow: those of Attention Is All You Need, once for each axis. ValueError unless 4 divides dim.
+    slow, as in Attention Is All You Need (but fewer slow ones). ValueError unless 4 divides dim.
     """
     if dim % 4:
         raise ValueError(f'dim must be divisible by 4, got {dim}')
     frequency = 100 ** -torch.linspace(0, 1, dim // 4)             # 1 … 1/100 radians a patch
-    angle = torch.arange(max(rows, columns))[:, None] * frequency  # (places, dim/4)
-    waves = torch.cat([angle.sin(), angle.cos()], dim=1)           # (places, dim/2)
-    row = waves[:rows, None].expand(rows, columns, -1)             # (rows, columns, dim/2)
-    column = waves[None, :columns].expand(rows, columns, -1)       # (rows, columns, dim/2)
-    return torch.cat([row, column], dim=2).reshape(rows * columns, dim)
+    place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))    # (N, 2), row by row
+    angle = place[:, :, None] * frequency                          # (N, 2, dim/4)
+    waves = torch.cat([angle.sin(), angle.cos()], dim=2)           # (N, 2, dim/2)
+    return waves.flatten(1)                                        # (N, dim): row, then column
 
 
 # ---- Self-attention ----------------------------------------------------------------------------
@@ -74,9 +71,9 @@ class SelfAttention(nn.Module):
         d = dim // self.heads
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, d)          # (B, N, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # 3 × (B, heads, N, d)
-        # Row i: how much token i listens to each token j, in shares, made by the softmax. A dot
-        # product of d numbers is about √d large; divided by it, the shares begin soft.
-        scores = q @ k.transpose(-2, -1) / math.sqrt(d)            # (B, heads, N, N)
+        # Row i: how much token i listens to each token j; the softmax makes shares of it. Dot
+        # products of d numbers are about √d large; divided by √d, they keep the softmax soft.
+        scores = q @ k.transpose(-2, -1) / d ** 0.5                 # (B, heads, N, N)
         out = scores.softmax(dim=-1) @ v                           # (B, heads, N, d)
         return self.proj(out.transpose(1, 2).reshape(B, N, dim))   # heads side by side: (B, N, dim)
 
@@ -97,19 +94,19 @@ class DiTBlock(nn.Module):
 
     def __init__(self, dim, heads):
         super().__init__()
-        # It has no scale and shift of its own, nothing to learn: one norm serves both halves.
+        # This norm has nothing to learn: scale and shift come from c. So one serves both halves.
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.attention = SelfAttention(dim, heads)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.modulation = nn.Linear(dim, 6 * dim)
-        # Zero: a new block's gates are shut, it is the identity, and opens them as far as it helps.
+        # Zero: at first the gates are shut and the block is the identity; training opens them.
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x, c):
-        # The SiLU lets t and y, merely added in c, act on one another.
-        six = self.modulation(F.silu(c))[:, None].chunk(6, dim=-1)     # 6 × (B, 1, dim)
-        scale1, shift1, gate1, scale2, shift2, gate2 = six             # in the paper γ, β, α, twice
+        # The SiLU lets t and y, merely added in c, act on one another. The same for all tokens.
+        modulation = self.modulation(F.silu(c))[:, None]               # (B, 1, 6·dim)
+        scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)     # (B, 1, dim)
         x = x + gate1 * self.attention(modulate(self.norm(x), scale1, shift1))     # across tokens
         return x + gate2 * self.mlp(modulate(self.norm(x), scale2, shift2))        # in each token
 
@@ -120,8 +117,8 @@ class DiT(nn.Module):
     """u_t^θ(x, y) for images x (B, C, H, W), times t (B,) and labels y (B,); u is like x.
 
     patch: side of a patch. dim: numbers in a token. depth: blocks. heads: of each attention. bound:
-    no value of z is beyond ±bound, 1 for pixels, math.inf for latents. ValueError unless H and W
-    are divisible by patch, and dim by 4 and by heads.
+    the guess z_hat is clamped to ±bound, 1 for pixels, infinite for latents. ValueError unless H
+    and W are divisible by patch, and dim by 4 and by heads.
     """
 
     def __init__(self, shape=(1, 32, 32), patch=4, dim=128, depth=6, heads=4, num_classes=10,
@@ -137,13 +134,14 @@ class DiT(nn.Module):
         self.condition = ConditionEmbedding(dim, num_classes)
         self.first = nn.Linear(C * patch * patch, dim)
         # Attention by itself does not know where a token is: shuffle them, and the results shuffle.
+        # A buffer is not trained, but goes to the GPU with the network.
         self.register_buffer('position', position_embedding(H // patch, W // patch, dim))
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = nn.Linear(dim, 2 * dim)
         self.last = nn.Linear(dim, C * patch * patch)
         for parameter in (*self.last_modulation.parameters(), *self.last.parameters()):
-            nn.init.zeros_(parameter)                              # a new DiT says z_hat = 0
+            nn.init.zeros_(parameter)                              # at first z_hat = 0
 
     def forward(self, x, t, y):
         c = self.condition(t, y)                                   # (B, dim)
@@ -152,9 +150,10 @@ class DiT(nn.Module):
             h = block(h, c)                                        # (B, N, dim)
         scale, shift = self.last_modulation(F.silu(c))[:, None].chunk(2, dim=-1)   # 2 × (B, 1, dim)
         h = self.last(modulate(self.last_norm(h), scale, shift))   # (B, N, C·patch²)
-        # The tokens name the clean image, not the velocity: u holds fresh noise in every pixel,
-        # more than a token can carry, while digits vary in few ways (Li & He 2025, Back to Basics).
+        # The tokens name the clean image z, not the velocity: u, z - ε, holds fresh noise in every
+        # pixel, while digits vary in few ways, easier to name (Li & He 2025, Back to Basics). No
+        # pixel of z is beyond ±bound, so z_hat need not be, either.
         z_hat = unpatchify(h, self.patch, self.shape).clamp(-self.bound, self.bound)
-        # On the straight path u = (z_hat - x) / (1 - t). Near t = 1 an error of z_hat counts up to
-        # 20 times in u, 400 times in the loss: the first losses of a new DiT are near 35.
+        # u = (z_hat - x) / (1 - t) multiplies errors of z_hat where t is near 1: first losses are
+        # near 35 on MNIST.
         return conditional_vector_field(x, z_hat, t)               # (B, C, H, W)

@@ -1,4 +1,4 @@
-"""Conditional flow matching with classifier-free guidance: sections 1.1 and 1.2 of the notes.
+"""Conditional flow matching with classifier-free guidance: sections 1.1, 1.2 of the notes.
 
 A flow turns noise into data. Time t runs from 0 to 1; a point X_t starts as pure noise,
 X_0 ~ p_init = N(0, I), follows a velocity field, dX_t = u_t(X_t|y) dt, and arrives as data,
@@ -25,8 +25,8 @@ from torch import nn
 def gaussian_path(t):
     """The path p_t(x|z) = N(α_t z, β_t² I): its α, β and their time derivatives, each like t.
 
-    Any pair with α_0 = β_1 = 0 and α_1 = β_0 = 1 leads from noise to z; here it is the straight one.
-    To try another, change this function: nothing else knows the path.
+    Any smooth pair with α_0 = β_1 = 0, α_1 = β_0 = 1 leads from noise to z; here, the straight one.
+    To try another, change this function: no other code knows the path.
     """
     alpha, d_alpha = t, torch.ones_like(t)
     beta, d_beta = 1 - t, -torch.ones_like(t)
@@ -48,14 +48,14 @@ def conditional_path(z, noise, t):
 def conditional_vector_field(x, z, t):
     """The same u_t^target(x|z) from x and z alone, both (B, …): the notes' closed form, like x.
 
-    Only the DiT will need it: it guesses z and must return u. Solve x = α z + β ε for ε, put it in
-    α̇ z + β̇ ε: on the straight path (z - x) / (1 - t). β_1 = 0 would divide by zero, so β is held
-    above 0.05; where β_t is above that, here up to t = 0.95, u is exact.
+    Only the DiT needs this: that network predicts z, and u must be computed from it. Solve
+    x = α z + β ε for ε, put it in α̇ z + β̇ ε: on the straight path (z - x) / (1 - t). Since β_1 = 0,
+    β is held above 0.05: u is exact up to there, here up to t = 0.95.
     """
     t = t.reshape(-1, *[1] * (x.dim() - 1))           # (B, 1, …, 1)
     alpha, beta, d_alpha, d_beta = gaussian_path(t)
-    ratio = d_beta / beta.clamp(min=0.05)             # β̇_t/β_t
-    return (d_alpha - ratio * alpha) * z + ratio * x  # (α̇_t - (β̇_t/β_t) α_t) z + (β̇_t/β_t) x
+    noise = (x - alpha * z) / beta.clamp(min=0.05)    # ε
+    return d_alpha * z + d_beta * noise               # (α̇_t - (β̇_t/β_t) α_t) z + (β̇_t/β_t) x
 
 
 # ---- 1.1 and 1.2.2  Training -------------------------------------------------------------------
@@ -71,17 +71,17 @@ def cfm_loss(model, z, y, p_drop=0.1):
     """The loss to train with, a scalar, for data z (B, C, H, W) with labels y (B,) (section 1.1).
 
     L_CFM^guided(θ) = E ‖u_t^θ(x, y) - u_t^target(x|z)‖², (z, y) ~ p_data, t ~ Unif, x ~ p_t(·|z).
-    The target belongs to one z; the best answer for given (x, t, y) is its average over all z that
-    x may be on its way to, E[u_t^target(x|z) | x, y]: the field u_t^target(x|y) of p_data(·|y); for
-    ∅, u_t^target(x). ValueError if the labels are not as many as the points, or the model does not
-    return the shape of z (PyTorch would stretch a smaller one until it fits, without a word).
+    Many z fit one (x, t, y); the best answer is the mean of their targets, E[u_t^target(x|z)|x, y],
+    the field u_t^target(x|y) of p_data(·|y); for ∅, u_t^target(x). ValueError unless there is one
+    label a point, and u has the shape of z (PyTorch would stretch a smaller u without a word).
     """
     if len(z) != len(y):
         raise ValueError(f'one label a data point: got {len(z)} points and {len(y)} labels')
     t = torch.rand(len(z), device=z.device)                            # t ~ Unif, (B,)
     noise = torch.randn_like(z)                                        # ε ~ N(0, I)
     x, u_target = conditional_path(z, noise, t)
-    u = model(x, t, drop_labels(y, model.null_label, p_drop))          # u_t^θ(x, y), or u_t^θ(x, ∅)
+    y = drop_labels(y, model.null_label, p_drop)                       # ∅ for some
+    u = model(x, t, y)                                                 # u_t^θ(x, y), or u_t^θ(x, ∅)
     if u.shape != z.shape:
         raise ValueError(f'the model returns {tuple(u.shape)} for z of {tuple(z.shape)}')
     return (u - u_target).square().mean()       # E over the batch; ‖·‖² divided by its dimension
@@ -89,10 +89,10 @@ def cfm_loss(model, z, y, p_drop=0.1):
 
 @torch.no_grad()
 def update_average(average, model, step):
-    """Exponential moving average (EMA) of the weights: call it after each training step 0, 1, …
+    """After each training step 0, 1, … move `average`, at first a copy of `model`, towards it.
 
-    The weights jitter around a place that is usually better than any they visit, their average.
-    It looks back over about a tenth of the steps so far, at most 1,000; recent ones count most.
+    The weights jitter around a place that is usually better than any they visit; this is their
+    exponential moving average (EMA), over about a tenth of the steps so far, at most 1,000.
     """
     decay = min(0.999, (step + 1) / (step + 10))
     for slow, fast in zip(average.parameters(), model.parameters()):
@@ -128,7 +128,7 @@ def euler(velocity, x, steps):
     if steps < 1:
         raise ValueError(f'Euler needs at least 1 step, got {steps}')
 
-    @torch.no_grad()    # a function of its own, since a generator would check at its first value
+    @torch.no_grad()    # of its own, since `yield` makes a function lazy, and the check must not be
     def states(x):
         yield x
         for i in range(steps):
@@ -151,8 +151,8 @@ def sample(model, y, w=1.0, steps=50, noise=None):
         return guided_velocity(model, x, t, y, w)                      # (1-w) u(x, ∅) + w u(x, y)
 
     if noise is None:
-        noise = torch.randn(len(y), *model.shape, device=y.device)     # step 3: X_0 ~ p_init
-    for state in euler(velocity, noise, steps):                        # step 4: dX_t = velocity dt
+        noise = torch.randn(len(y), *model.shape, device=y.device)     # line 3: X_0 ~ p_init
+    for state in euler(velocity, noise, steps):                        # line 4: dX_t = velocity dt
         x = state                                                      # the last one is X_1
     return x
 
@@ -163,13 +163,13 @@ def sample(model, y, w=1.0, steps=50, noise=None):
 def classify(model, z, draws=16):
     """The label of each z (B, C, H, W) according to the flow, (B,): the one whose loss is lowest.
 
-    With y = 3 a network that draws threes predicts the velocity towards a three best. All labels
-    face the same `draws` of t and noise, or luck would decide (Li et al. 2023).
+    For an image of a 3 the loss is lowest with y = 3. All labels face the same `draws` of t and
+    noise, or luck would decide (Li et al. 2023). Nothing to do with guidance.
     """
     num_classes = model.null_label                     # the classes are 0 … num_classes-1, then ∅
     loss = torch.zeros(len(z), num_classes, device=z.device)
     for i in range(draws):
-        t = (i + torch.rand(len(z), device=z.device)) / draws          # from part i of [0, 1]
+        t = (i + torch.rand(len(z), device=z.device)) / draws          # one in each part of [0, 1]
         x, u_target = conditional_path(z, torch.randn_like(z), t)
         for label in range(num_classes):
             y = torch.full((len(z),), label, device=z.device)
@@ -182,14 +182,14 @@ def classify(model, z, draws=16):
 class ConditionEmbedding(nn.Module):
     """(t, y) as one vector c (B, dim), which the networks inject into every block (section 2.1).
 
-    ValueError if `dim` is odd, IndexError for a label outside 0 … num_classes.
+    y is 0 … num_classes; the last is ∅. ValueError if `dim` is odd.
     """
 
     def __init__(self, dim, num_classes):
         super().__init__()
         if dim % 2:
             raise ValueError(f'half of dim are cosines, half sines: it must be even, got {dim}')
-        # Slow waves tell early from late, fast ones nearby times. A bare t would be one weak number.
+        # Slow waves tell early from late, fast ones nearby times; a bare t would hardly be noticed.
         self.register_buffer('frequencies', torch.logspace(0, 3, dim // 2))    # 1 … 1000
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Embedding(num_classes + 1, dim)    # ∅ is one more row, learned like a class

@@ -10,26 +10,24 @@ of the digit y. A network u_t^θ(x, y) learns the field by regression: mix an im
 x = t z + (1-t) ε, and ask for z - ε (1.1). One label in ten becomes ∅, "no label", so that it also
 knows the field of digits in general; u(x, ∅) + w (u(x, y) - u(x, ∅)) turns up what y adds (1.2).
 """
-import argparse, copy, io, math, os, sys, time, zlib
-from functools import partial
-
+import argparse, copy, functools, io, math, os, sys, time, zlib
 import numpy as np
 import torch
 
-from dit import DiT
-from tinyflow import cfm_loss, classify, euler, guided_velocity, update_average
-from unet import UNet
-from vae import VAE, reparameterize, vae_loss
+from dit import DiT                                                # section 2.2
+from tinyflow import cfm_loss, classify, euler, guided_velocity, update_average     # section 1
+from unet import UNet                                              # section 2.1
+from vae import VAE, vae_loss                                      # section 2.3
 
 # How each network is built and trained: passes over the data, images a step, peak learning rate.
-# The data of a latent run are the latents of the VAE: they are (4, 8, 8), and have no bound.
+# The data points of a latent run are the latents of the VAE: (4, 8, 8) numbers without a bound.
 RUNS = {
     'unet': dict(build=UNet, epochs=2, batch_size=64, lr=2e-3),
     'dit': dict(build=DiT, epochs=2.5, batch_size=32, lr=2e-3),
-    'unet_latent': dict(build=partial(UNet, (4, 8, 8), (64, 128)), epochs=4, batch_size=64, lr=2e-3),
-    'dit_latent': dict(build=partial(DiT, shape=(4, 8, 8), patch=2, bound=math.inf),
+    'unet_latent': dict(build=lambda: UNet((4, 8, 8), (64, 128)), epochs=4, batch_size=64, lr=2e-3),
+    'dit_latent': dict(build=lambda: DiT((4, 8, 8), patch=2, bound=math.inf),      # 16 tokens
                        epochs=4.75, batch_size=64, lr=2e-3),
-    'vae': dict(build=VAE, epochs=1.5, batch_size=32, lr=2e-3, seed=0),
+    'vae': dict(build=VAE, epochs=1.5, batch_size=32, lr=2e-3, seed=0),    # one for both latent runs
 }
 
 
@@ -38,26 +36,28 @@ class UserError(ValueError):
 
 
 def require(condition, message):
+    """UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
+# ---- Data, pictures, checkpoints ---------------------------------------------------------------
+
 def load_mnist(path):
     """(x_train, y_train, x_test, y_test) from a file laid out like data/mnist.npz, or UserError.
 
-    x: uint8 (N, 1, 32, 32), the 28x28 digits with a border of 2; y: int64 (N,), 0 … 9.
-    """
+    x: uint8 (N, 1, 32, 32), the 28x28 digits with a border of 2; y: int64 (N,), 0 … 9."""
     require(os.path.exists(path), f'--data {path} is missing')
     tensors = []
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path, allow_pickle=False) as file:                    # arrays, never code
             for part in ('train', 'test'):
-                x, y = file[f'x_{part}'], file[f'y_{part}']
-                require(x.dtype == np.uint8 and x.shape == (len(y), 28, 28), f'{x.dtype}{x.shape}')
-                require(len(y) > 0 and np.isin(y, range(10)).all(), 'labels must be 0 … 9')
-                x = np.pad(x[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))
+                x, y = file[f'x_{part}'], file[f'y_{part}']                # (N, 28, 28), (N,)
+                require(x.dtype == np.uint8 and x.shape == (y.size, 28, 28) and y.size > 0 and
+                        np.isin(y, range(10)).all(), f'{x.dtype} {x.shape}, labels {y}')
+                x = np.pad(x[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))   # 32 halves often
                 tensors += [torch.from_numpy(x), torch.from_numpy(y.astype(np.int64))]
-    except Exception as error:          # a damaged or foreign file fails in one of a dozen ways
+    except Exception as error:              # a damaged or foreign file fails in one of a dozen ways
         raise UserError(f'--data {path} is damaged or not laid out like MNIST: {error}') from error
     return tuple(tensors)
 
@@ -76,9 +76,9 @@ def write_file(path, data):
     """Write bytes to a temporary file, then move it into place: `path` is never half written."""
     try:
         with open(f'{path}.tmp', 'wb') as file:
-            file.write(data)
-        os.replace(f'{path}.tmp', path)
-    except OSError as error:            # a full disk, say
+            file.write(data)                # killed here, the old file is still whole
+        os.replace(f'{path}.tmp', path)     # at once, or not at all
+    except OSError as error:                # a full disk, say
         raise UserError(f'cannot write {path}: {error.strerror}') from error
 
 
@@ -91,9 +91,7 @@ def image_grid(images, columns):
 def save_png(path, pixels):
     """Write pixels (H, W) uint8 as a grey PNG file: a signature, then three chunks."""
     def chunk(tag, data):
-        check = zlib.crc32(tag + data)
-        return len(data).to_bytes(4, 'big') + tag + data + check.to_bytes(4, 'big')
-
+        return len(data).to_bytes(4, 'big') + tag + data + zlib.crc32(tag + data).to_bytes(4, 'big')
     H, W = pixels.shape
     header = W.to_bytes(4, 'big') + H.to_bytes(4, 'big') + bytes([8, 0, 0, 0, 0])  # 8 bits, grey
     rows = np.pad(np.asarray(pixels), ((0, 0), (1, 0)))            # 0 before a row: no filter
@@ -103,7 +101,7 @@ def save_png(path, pixels):
 
 def save_picture(path, x, columns):
     """Save images x (N, 1, H, W) in [-1, 1] as a grid, each pixel as a 3x3 square."""
-    pixels = image_grid(to_pixels(x).cpu(), columns)
+    pixels = image_grid(to_pixels(x).cpu(), columns)               # uint8 (rows·H, columns·W)
     save_png(path, pixels.repeat_interleave(3, dim=0).repeat_interleave(3, dim=1))
 
 
@@ -111,15 +109,14 @@ def load_checkpoint(path, device, name=None):
     """(model, vae or None) of a checkpoint. UserError if it is absent, damaged, not of `name`."""
     require(os.path.exists(path), f'{path} is not there: train first, or check --model, --latent')
     try:
-        state, vae = torch.load(path, map_location=device, weights_only=True), None
-        model = RUNS[state['name']]['build']().to(device).eval()
+        state = torch.load(path, map_location=device, weights_only=True)   # values, never code
+        model, vae = RUNS[state['name']]['build']().to(device).eval(), None
         model.load_state_dict(state['average'])
-        if state['vae'] is not None:
+        if state['vae'] is not None:                                       # of a latent run
             vae = VAE().to(device).eval().requires_grad_(False)
             vae.load_state_dict(state['vae'])
-    except Exception as error:          # it says, for one, which layer is missing
-        reason = ' '.join(str(error).split())
-        raise UserError(f'{path} is damaged or does not fit this code: {reason}') from error
+    except Exception as error:              # it says, for one, which layer is missing
+        raise UserError(f'{path} is damaged or does not fit: {" ".join(f"{error}".split())}') from error
     require(name in (None, state['name']), f'{path} holds a {state["name"]}, not a {name}')
     return model, vae
 
@@ -130,63 +127,62 @@ def autocast(device):
     """A context where matrices multiply in bfloat16, if a GPU or x86 CPU has it in hardware."""
     cpu = torch.cpu.get_capabilities() if device.type == 'cpu' else {}     # {'avx2': True, …}
     gpu = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-    fast = gpu or cpu.get('avx512_bf16', False) or cpu.get('amx_bf16', False)
+    fast = gpu or cpu.get('avx512_bf16', False) or cpu.get('amx_bf16', False)  # emulated: slow
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
-
-
-def train(name, settings, data, args, resume=False, vae=None):
-    """Train the network of the run `name`; with `resume` go on after the last epoch in NAME.pt.
-
-    settings: epochs, batch_size, lr, seed, and a checksum of the data. vae: the trained one of a
-    latent run. Returns the averaged network. UserError if the loss stops being finite.
-    """
-    epochs, batch_size, lr, seed, _ = settings.values()
-    torch.manual_seed(seed)
-    model = RUNS[name]['build']().to(args.device)
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))
-    parts = dict(weights=model, average=average, optimizer=optimizer)
-    state, path = dict(name=name, epoch=0, losses=[], digits=[]), f'{args.out}/{name}.pt'
-    if resume:
-        state = torch.load(path, map_location=args.device, weights_only=True)
-        require(state['settings'] == settings, f'{path} has {state["settings"]}, not {settings}')
-        for key, part in parts.items():
-            part.load_state_dict(state[key])
-    losses, (x_train, y_train) = state['losses'], data[:2]
-    total = max(1, round(epochs * math.ceil(len(x_train) / batch_size)))   # steps
-    first, begin = len(losses), time.monotonic()
-    while len(losses) < total:
-        state['epoch'] += 1
-        torch.manual_seed(1_000_000 * seed + state['epoch'])       # so a resumed run is the same
-        batches = torch.randperm(len(x_train), device=args.device).split(batch_size)
-        for index in batches[:total - len(losses)]:                # the last epoch may be a part
-            step = len(losses)
-            warm_up = min(1, 20 * (step + 1) / total)              # the first steps overshoot
-            cosine = (1 + math.cos(math.pi * step / total)) / 2    # at last the weights rest
-            optimizer.param_groups[0]['lr'] = lr * warm_up * cosine
-            with autocast(args.device):
-                loss = losses_of(model, to_model(x_train[index]), y_train[index], vae)[0]
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            update_average(average, model, step)
-            losses.append(loss.detach())
-            if step % (10 if sys.stdout.isatty() else 100) == 0:
-                pace = (time.monotonic() - begin) / (len(losses) - first)      # seconds a step
-                show_progress(name, losses, epochs, total, batch_size / pace, pace)
-        finish_epoch(state, average, data, vae, args)
-        state.update({key: part.state_dict() for key, part in parts.items()}, settings=settings)
-        torch.save(state, file := io.BytesIO())
-        write_file(path, file.getvalue())
-    return average
 
 
 def losses_of(model, x, y, vae):
     """(loss, reconstruction, kl) of a VAE or (loss,) of a flow, for images x with labels y."""
     if isinstance(model, VAE):
         return vae_loss(model, x, beta=1e-3)
-    return (cfm_loss(model, x if vae is None else vae.to_latent(x), y),)
+    return (cfm_loss(model, x if vae is None else vae.to_latent(x), y),)   # z: pixels or latents
+
+
+def train(name, settings, data, args, resume=False, vae=None):
+    """Train the network of the run `name`; with `resume` go on after the last epoch in NAME.pt.
+
+    settings: epochs, batch_size, lr, seed, checksum of the data. vae: the trained one of a latent
+    run. Returns the averaged network, without gradients. UserError if the loss is not finite."""
+    epochs, batch_size, lr, seed, _ = settings.values()
+    torch.manual_seed(seed)                                        # the same seed, the same files
+    model = RUNS[name]['build']().to(args.device)                  # u_t^θ, or the VAE
+    average = copy.deepcopy(model).eval().requires_grad_(False)    # see update_average
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))
+    parts = dict(weights=model, average=average, optimizer=optimizer)      # what is saved of each
+    state = dict(name=name, settings=settings, epoch=0, losses=[], digits=[])      # and the rest
+    if resume:
+        state = torch.load(f'{args.out}/{name}.pt', map_location=args.device, weights_only=True)
+        require(state['settings'] == settings, f'{name}.pt: {state["settings"]}, not {settings}')
+        for key, part in parts.items():
+            part.load_state_dict(state[key])                       # as it was after that epoch
+    losses, (x_train, y_train) = state['losses'], data[:2]         # losses: of each step so far
+    total = max(1, round(epochs * math.ceil(len(x_train) / batch_size)))   # steps
+    first, begin = len(losses), time.monotonic()                   # to tell the time left
+    while len(losses) < total:
+        state['epoch'] += 1
+        torch.manual_seed(1_000_000 * seed + state['epoch'])       # so a resumed run is the same
+        batches = torch.randperm(len(x_train), device=args.device).split(batch_size)
+        for index in batches[:total - len(losses)]:                # the last epoch may be a part
+            step = len(losses)                                     # 0, 1, …
+            warm_up = min(1, 20 * (step + 1) / total)              # the first steps overshoot
+            cosine = (1 + math.cos(math.pi * step / total)) / 2    # at last the weights rest
+            optimizer.param_groups[0]['lr'] = lr * warm_up * cosine
+            with autocast(args.device):                            # (z, y) ~ p_data
+                loss = losses_of(model, to_model(x_train[index]), y_train[index], vae)[0]
+            optimizer.zero_grad()                                  # gradients would add up
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)        # no batch goes too far
+            optimizer.step()
+            update_average(average, model, step)                   # what will be drawn with
+            losses.append(loss.detach())                           # not .item(): a GPU would wait
+            if step % (10 if sys.stdout.isatty() else 100) == 0:   # now and then
+                pace = (time.monotonic() - begin) / (len(losses) - first)  # seconds a step
+                show_progress(name, losses, epochs, total, batch_size / pace, pace)
+        finish_epoch(state, average, data, vae, args)
+        state.update({key: part.state_dict() for key, part in parts.items()})
+        torch.save(state, file := io.BytesIO())                    # bytes for write_file
+        write_file(f'{args.out}/{name}.pt', file.getvalue())
+    return average
 
 
 def show_progress(name, losses, epochs, total, rate, pace):
@@ -194,35 +190,34 @@ def show_progress(name, losses, epochs, total, rate, pace):
     loss = np.mean([float(loss) for loss in losses[-100:]])
     require(math.isfinite(loss), f'the loss is {loss} at step {len(losses)}: try a lower --lr')
     left = time.strftime('%H:%M:%S', time.gmtime(pace * (total - len(losses))))
-    line = (f'{name}: epoch {epochs * len(losses) / total:.2f} of {epochs:g}, loss {loss:.4f}, '
-            f'{rate:.0f} img/s, {left} left')
-    print(line.ljust(70), end='\r' if sys.stdout.isatty() else '\n', flush=True)
+    line = f'{name}: epoch {epochs * len(losses) / total:.2f} of {epochs:g}, loss {loss:.4f}, '
+    line = (line + f'{rate:.0f} img/s, {left} left').ljust(70)     # covers what was there
+    print(line, end='\r' if sys.stdout.isatty() else '\n', flush=True)
 
 
 def finish_epoch(state, average, data, vae, args):
     """Print the held-out loss; draw a row of digits more, or set the scale of the VAE's latents."""
-    state['losses'][:] = [float(loss) for loss in state['losses']]
+    state['losses'][:] = [float(loss) for loss in state['losses']]         # were tensors
     state['vae'] = None if vae is None else vae.state_dict()
-    x, y = to_model(data[2][:1000]), data[3][:1000]
-    torch.manual_seed(0)                # each epoch meets the same t, ε and ∅
+    x, y = to_model(data[2][:1000]), data[3][:1000]                # not trained on
+    torch.manual_seed(0)                                           # always the same t, ε and ∅
     with torch.no_grad(), autocast(args.device):
         losses = losses_of(average, x, y, vae)
-        if state['name'] == 'vae':
-            average.latent_scale.mul_(average.to_latent(x).std())  # to_latent divides by the old one
+        if state['name'] == 'vae':                                 # to_latent divides by the old one
+            average.latent_scale.mul_(average.to_latent(x).std())
         else:
             state['digits'].append(draw(average, vae, range(10), 2.0, args)[-1])
             save_picture(f'{args.out}/{state["name"]}_epochs.png', torch.cat(state['digits']), 10)
     require(math.isfinite(losses[0]), f'the held-out loss is {losses[0]}: try a lower --lr')
     parts = zip(('held-out loss', 'reconstruction error', 'KL in nats'), losses)
-    line = ', '.join(f'{text} {loss:.4f}' for text, loss in parts)
-    print(f'epoch {state["epoch"]}: {line}'.ljust(70), flush=True)
+    print(', '.join(f'{text} {loss:.4f}' for text, loss in parts).ljust(70), flush=True)
 
 
 def draw(model, vae, digits, w, args):
     """X_t on its way to the digits at scale w, from the same noise each time: a list of images."""
     torch.manual_seed(args.seed)
-    noise = torch.randn(len(digits), *model.shape, device=args.device)
-    velocity = partial(guided_velocity, model, y=torch.tensor(digits, device=args.device), w=w)
+    noise = torch.randn(len(digits), *model.shape, device=args.device)     # X_0
+    velocity = functools.partial(guided_velocity, model, y=torch.tensor(digits, device=args.device), w=w)
     with torch.no_grad(), autocast(args.device):
         states = euler(velocity, noise, args.steps)                # at t = 0, 1/steps, …, 1
         return [(z if vae is None else vae.to_image(z)).float().cpu() for z in states]
@@ -230,35 +225,36 @@ def draw(model, vae, digits, w, args):
 
 def draw_guidance(path, model, vae, digits, args):
     """The notes' figure 2: a row for each guidance scale w, a column for each digit asked for."""
-    print(f'drawing {path}: a row for each w of {args.guidance}', flush=True)
     rows = [draw(model, vae, digits, w, args)[-1] for w in args.guidance]
     save_picture(path, torch.cat(rows), columns=len(digits))
 
 
 def draw_path(path, model, vae, args):
     """X_t from noise to digit at w = 2: a row for each digit, a column for each of nine times."""
-    print(f'drawing {path}: from noise to digit at w = 2', flush=True)
     states = draw(model, vae, range(10), 2.0, args)
-    nine = [states[round(k * args.steps / 8)] for k in range(9)]
+    nine = [states[round(k * args.steps / 8)] for k in range(9)]   # 9 × (10, 1, 32, 32)
     save_picture(path, torch.stack(nine, dim=1).flatten(0, 1), columns=9)
 
 
-def read_digits(model, vae, x, y):
-    """Say how many of the test digits x the flow, as a classifier, reads right."""
-    print(f'reading {len(x)} test digits', flush=True)
-    right = classify(model, x if vae is None else vae.to_latent(x), draws=4) == y
-    print(f'as a classifier, the flow reads {right.sum()} of them right')
+def draw_vae(path, vae, x):
+    """Ten digits x (10, 1, 32, 32), and below them what the VAE makes of them."""
+    save_picture(path, torch.cat([x, vae.to_image(vae.to_latent(x))]), columns=len(x))
+
+
+def count_right(model, vae, x, y):
+    """How many of the digits x, with labels y, the flow as a classifier reads right."""
+    z = x if vae is None else vae.to_latent(x)
+    return (classify(model, z, draws=4) == y).sum()                # 4 draws suffice
 
 
 # ---- The command line --------------------------------------------------------------------------
 
 def parse(argv):
     """The options, with the defaults of the run filled in. UserError if one makes no sense."""
-    device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.mps.is_available() else 'cpu'
-    data = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'mnist.npz')
-    parser = argparse.ArgumentParser(None, None, __doc__)
+    best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.mps.is_available() else 'cpu'
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the lines of __doc__
-    parser.error = partial(require, False)                         # one line, not the whole usage
+    parser.error = functools.partial(require, False)               # one line, not the whole usage
     add = parser.add_argument
     add('--model', choices=('unet', 'dit'), default='unet', help='the network (default: unet)')
     add('--latent', action='store_true', help='run the flow in the latents of a VAE; OUT/vae.pt is '
@@ -271,14 +267,14 @@ def parse(argv):
     add('--steps', type=int, default=50, help='Euler steps of a drawing (default: 50)')
     add('--prompt', metavar='DIGITS', help='draw these digits; no training')
     add('--seed', type=int, default=0, help='the same seed, the same files (default: 0)')
-    add('--device', default=device, help=f'cuda, mps or cpu (default here: {device})')
-    add('--data', default=data, help='the digits (default: data/mnist.npz beside this program)')
+    add('--device', default=best, help=f'cuda, mps or cpu (default here: {best})')
+    add('--data', default=os.path.dirname(__file__) + '/data/mnist.npz', help='(%(default)s)')
     add('--out', default='out', help='folder to write to (default: out)')
     add('--resume', action='store_true', help='go on after the last epoch that was saved')
     args = parser.parse_args(argv)
     args.name = args.model + '_latent' * args.latent
     for key in ('epochs', 'batch_size', 'lr', 'steps'):
-        if vars(args)[key] is None:
+        if vars(args)[key] is None:                                # not given: that of the run
             setattr(args, key, RUNS[args.name][key])
         require(0 < vars(args)[key] < 1e6, f'--{key.replace("_", "-")} must be above 0, below 1e6')
     require(all(abs(w) < 1000 for w in args.guidance), '--guidance must be within ±1000')
@@ -291,33 +287,32 @@ def run(args):
     try:
         args.device = torch.zeros(1, device=args.device).device
         os.makedirs(args.out, exist_ok=True)
-    except Exception as error:          # each kind of device that is not there has its own
+    except Exception as error:              # each kind of device that is not there has its own
         raise UserError(f'--device {args.device}, --out {args.out}: {str(error).splitlines()[0]}')
     stem, vae = f'{args.out}/{args.name}', None
     if args.prompt or args.resume:
         model, vae = load_checkpoint(f'{stem}.pt', args.device, args.name)
     if args.prompt:
-        digits = [int(digit) for digit in args.prompt]
-        return draw_guidance(f'{stem}_prompt.png', model, vae, digits, args)
+        return draw_guidance(f'{stem}_prompt.png', model, vae, list(map(int, args.prompt)), args)
     data = load_mnist(args.data)
     settings = {key: vars(args)[key] for key in ('epochs', 'batch_size', 'lr', 'seed')}
     settings['data'] = zlib.crc32(data[0].numpy().tobytes() + data[1].numpy().tobytes())
     data = [part.to(args.device) for part in data]
-    if args.latent and not args.resume:
-        own = {key: RUNS['vae'].get(key, value) for key, value in settings.items()}
+    if args.latent and not args.resume:                            # the VAE: unless it is done
+        own = {key: RUNS['vae'].get(key, settings[key]) for key in settings}
         vae = train('vae', own, data, args, resume=os.path.exists(f'{args.out}/vae.pt'))
     if not args.resume and os.path.exists(f'{stem}.pt'):
         os.replace(f'{stem}.pt', f'{stem}_before.pt')
         print(f'{stem}.pt of before is kept as {stem}_before.pt')
     model = train(args.name, settings, data, args, args.resume, vae)
+    print(f'drawing {stem}_guidance.png, a row for each w of {args.guidance}, and {stem}_path.png')
     draw_guidance(f'{stem}_guidance.png', model, vae, range(10), args)
     draw_path(f'{stem}_path.png', model, vae, args)
+    x, y = to_model(data[2][:100]), data[3][:100]                  # held-out digits
     with autocast(args.device):
-        x = to_model(data[2][:100])
         if vae is not None:
-            pair = torch.cat([x[:10], vae.to_image(vae.to_latent(x[:10]))])
-            save_picture(f'{args.out}/vae.png', pair, columns=10)
-        read_digits(model, vae, x, data[3][:100])
+            draw_vae(f'{args.out}/vae.png', vae, x[:10])
+        print(f'reading {len(x)} test digits:', count_right(model, vae, x, y).item(), 'are right')
 
 
 def main(argv=None):
@@ -330,9 +325,9 @@ def main(argv=None):
         return 1
     except KeyboardInterrupt:
         print('stopped; --resume goes on after the last epoch that was finished', file=sys.stderr)
-        return 130                                     # what a shell gives for Ctrl-C
+        return 130                                                 # what a shell gives for Ctrl-C
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='replace')           # a terminal that knows no Greek prints a ?
+    sys.stdout.reconfigure(errors='replace')        # a terminal that knows no Greek prints a ?
     sys.exit(main())

@@ -2,8 +2,8 @@
 
 A convolution sees 3x3 pixels, but a seven must look like a seven as a whole. So the encoder halves
 the image level by level, until few pixels, each with many channels, say what it shows. The decoder
-doubles it level by level, back to full size. What the halving throws away, where exactly the pen
-went, reaches the decoder by skip connections between equal levels. With the default sizes:
+doubles it level by level, back to full size. The halving loses where exactly the pen went; skip
+connections between equal levels carry that to the decoder. With the default sizes:
 
     x (1, 32, 32) ─ first ─ (16, 32, 32) ──────────── skip ──────────── (16, 32, 32) ─ last ─ u
                               (64, 16, 16) ────────── skip ────────── (64, 16, 16)
@@ -11,7 +11,8 @@ went, reaches the decoder by skip connections between equal levels. With the def
                                   (128, 4, 4) ─────── skip ─────── (128, 4, 4)
                                           └────── bottleneck ──────┘
 
-Down the left side goes the encoder, up the right side the decoder: one residual block a level.
+Left: what the encoder's residual block gives at each level. Right: what comes from below to the
+decoder's block, which takes the skip beside it and gives the channels of the next level up.
 """
 import torch
 from torch import nn
@@ -31,18 +32,20 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels, out_channels, cond_dim):
         super().__init__()
         # Group normalisation (Wu & He 2018), here with one group: all channels and pixels of an
-        # image get mean 0 and deviation 1. No image sees another, as in batch normalisation.
+        # image together get mean 0 and deviation 1, then each channel a learned scale and shift.
+        # Unlike batch normalisation, it lets no image see another.
         self.norm1 = nn.GroupNorm(1, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.affine = nn.Linear(cond_dim, 2 * out_channels)
         self.norm2 = nn.GroupNorm(1, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        # x passes by these layers unchanged; a 1x1 convolution only gives it the new channels.
-        self.side = nn.Conv2d(in_channels, out_channels, 1)
+        # x passes by these layers unchanged, or where the channels change, by a 1x1 convolution.
         if in_channels == out_channels:
             self.side = nn.Identity()
-        # Zero, so that a new block hands on just what passes by: however many are stacked, x and
-        # the gradient get through, and each block adds only what it has learned.
+        else:
+            self.side = nn.Conv2d(in_channels, out_channels, 1)
+        # Zero, so that a new block hands on just what passes by: a deep stack lets signal and
+        # gradient through, and each block adds only what it has learned.
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
@@ -81,7 +84,7 @@ class UNet(nn.Module):
         before = widths[0]
         for width in widths:
             self.encoder.append(ResidualBlock(before, width, cond_dim))
-            self.decoder.insert(0, ResidualBlock(2 * width, before, cond_dim))
+            self.decoder.insert(0, ResidualBlock(2 * width, before, cond_dim))     # deepest first
             before = width
         self.bottleneck = ResidualBlock(widths[-1], widths[-1], cond_dim)
 
@@ -94,17 +97,17 @@ class UNet(nn.Module):
     def forward(self, x, t, y):
         c = self.condition(t, y)                                   # (B, cond_dim)
         h = self.first(x)                                          # (B, widths[0], H, W)
-        # The same numbers, a pixel's channels side by side in memory: convolutions run faster.
+        # Only for speed: the channels of a pixel are stored side by side.
         h = h.contiguous(memory_format=torch.channels_last)
         skips = []
-        for block in self.encoder:
-            if skips:                                              # below the first level
-                h = F.avg_pool2d(h, 2, ceil_mode=True)             # half the size, rounded up
+        for level, block in enumerate(self.encoder):
+            if level > 0:
+                h = F.avg_pool2d(h, 2, ceil_mode=True)             # half the size, 7 becomes 4
             h = block(h, c)                                        # (B, width, H', W')
             skips.append(h)
         h = self.bottleneck(h, c)                                  # (B, widths[-1], H', W')
         for block in self.decoder:
             skip = skips.pop()                                     # the deepest first
             h = F.interpolate(h, size=skip.shape[-2:])             # up to the size of the skip
-            h = block(torch.cat([h, skip], dim=1), c)              # (B, width of the skip, H', W')
+            h = block(torch.cat([h, skip], dim=1), c)              # (B, before, H', W')
         return self.last(F.silu(self.last_norm(h)))                # (B, C, H, W)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 
-# ---- The posterior q(latent|x) = N(mean, σ²), a σ for each number, logvar = log σ² -------------
+# ---- The posterior q(latent|x) = N(mean, σ²), logvar = log σ², one of each for each entry -------
 
 def reparameterize(mean, logvar):
     """A sample of N(mean, exp(logvar)), like mean: the reparameterization trick.
@@ -39,21 +39,21 @@ def kl_divergence(mean, logvar):
 # ---- The loss ----------------------------------------------------------------------------------
 
 def vae_loss(vae, x, beta):
-    """The negative ELBO for images x (B, C, H, W): (loss, reconstruction, kl), three scalars.
+    """The negative ELBO, rescaled, of images x (B, C, H, W): (loss, reconstruction, kl), scalars.
 
     `reconstruction` is the mean squared error of a pixel, `kl` is in nats per image, and
 
         loss = reconstruction + beta · kl / d,        d = C·H·W numbers in an image.
 
-    Where this comes from: the ELBO, the evidence lower bound, is the most that the VAE can promise
-    of log p(x). With N(0, I) as the prior of the latents, and with a decoder that is right up to
-    Gaussian errors of variance s² at every pixel,
+    Where this comes from: log p(x) is at least the ELBO, the evidence lower bound. With N(0, I) as
+    the prior of the latents, and a decoder that is right up to Gaussian errors of variance s² at
+    every pixel, and with E_q the mean over the posterior,
 
         -ELBO = E_q ‖x - D(latent)‖² / (2s²) + KL(q(latent|x) ‖ N(0, I)) + const.
 
     Times 2s²/d this is the loss, with beta = 2s². A large beta buys a tidy latent space with
     blurred images. Better a small one, such as 1e-3: the flow cannot undo blur, but copes with
-    latents that are not quite N(0, I). (beta is the field's name: Higgins et al. 2017, beta-VAE.)
+    latents that are not quite N(0, I). (Not the path's β_t; the name is Higgins et al.'s, 2017.)
     """
     mean, logvar = vae.encode(x)
     back = vae.decode(reparameterize(mean, logvar))        # one draw stands for E_q
@@ -66,7 +66,7 @@ def vae_loss(vae, x, beta):
 # ---- The VAE -----------------------------------------------------------------------------------
 
 class VAE(nn.Module):
-    """Images (B, C, H, W) in [-1, 1] to latents (B, latent_channels, H/4, W/4) and back.
+    """Images (B, C, H, W), about [-1, 1], to latents (B, latent_channels, H/4, W/4) and back.
 
     `width` is the number of channels where the image has half its size. Raises ValueError if H or W
     is not divisible by 4.
@@ -80,8 +80,7 @@ class VAE(nn.Module):
                              f'by 4, got {H}x{W}')
         self.shape = tuple(shape)
         self.latent_shape = (latent_channels, H // 4, W // 4)
-        # At the line ends: the shapes for MNIST with the defaults, where they change. PixelShuffle
-        # doubles the size: it lays out four channels as 2x2 pixels.
+        # At the line ends: the shapes for MNIST with the defaults, where they change.
         self.encoder = nn.Sequential(                                          # (1, 32, 32)
             nn.Conv2d(channels, width, 4, stride=2, padding=1),                # (32, 16, 16)
             nn.SiLU(),
@@ -97,15 +96,15 @@ class VAE(nn.Module):
             nn.Conv2d(2 * width, 2 * width, 3, padding=1),
             nn.SiLU(),
             nn.Conv2d(2 * width, 4 * width, 3, padding=1),                     # (128, 8, 8)
-            nn.PixelShuffle(2),                                                # (32, 16, 16)
+            nn.PixelShuffle(2),                # four channels -> 2x2 pixels   # (32, 16, 16)
             nn.SiLU(),
             nn.Conv2d(width, width, 3, padding=1),
             nn.SiLU(),
             nn.Conv2d(width, 4 * channels, 3, padding=1),                      # (4, 16, 16)
             nn.PixelShuffle(2),                                                # (1, 32, 32)
         )
-        # One number, the standard deviation of all latents. Training does not change it: the VAE
-        # is trained with 1, and train_mnist.py measures it and sets it afterwards.
+        # One number, the standard deviation of all latents. The VAE's training does not use it:
+        # train_mnist.py measures and sets it afterwards.
         self.register_buffer('latent_scale', torch.ones(()))
 
     def encode(self, x):
@@ -117,7 +116,7 @@ class VAE(nn.Module):
         return self.decoder(latent)
 
     def to_latent(self, x):
-        """z = E(x) / latent_scale, the flow's data points, E(x) a sample of the posterior.
+        """z, the flow's data points: a latent drawn from the posterior of x, over latent_scale.
 
         Divided by their standard deviation, the latents are spread like the noise that the flow
         mixes them with (Rombach et al. 2022, appendix G).
