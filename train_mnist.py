@@ -10,7 +10,16 @@ of the digit y. A network u_t^θ(x, y) learns the field by regression: mix an im
 x = t z + (1-t) ε, and ask for z - ε (1.1). One label in ten becomes ∅, "no label", so that it also
 knows the field of digits in general; u(x, ∅) + w (u(x, y) - u(x, ∅)) turns up what y adds (1.2).
 """
-import argparse, copy, functools, io, math, os, sys, time, zlib
+import argparse
+import copy
+import functools
+import io
+import math
+import os
+import sys
+import time
+import zlib
+
 import numpy as np
 import torch
 
@@ -92,6 +101,7 @@ def save_png(path, pixels):
     """Write pixels (H, W) uint8 as a grey PNG file: a signature, then three chunks."""
     def chunk(tag, data):
         return len(data).to_bytes(4, 'big') + tag + data + zlib.crc32(tag + data).to_bytes(4, 'big')
+
     H, W = pixels.shape
     header = W.to_bytes(4, 'big') + H.to_bytes(4, 'big') + bytes([8, 0, 0, 0, 0])  # 8 bits, grey
     rows = np.pad(np.asarray(pixels), ((0, 0), (1, 0)))            # 0 before a row: no filter
@@ -101,6 +111,7 @@ def save_png(path, pixels):
 
 def save_picture(path, x, columns):
     """Save images x (N, 1, H, W) in [-1, 1] as a grid, each pixel as a 3x3 square."""
+    print(f'drawing {path}', flush=True)
     pixels = image_grid(to_pixels(x).cpu(), columns)               # uint8 (rows·H, columns·W)
     save_png(path, pixels.repeat_interleave(3, dim=0).repeat_interleave(3, dim=1))
 
@@ -116,7 +127,8 @@ def load_checkpoint(path, device, name=None):
             vae = VAE().to(device).eval().requires_grad_(False)
             vae.load_state_dict(state['vae'])
     except Exception as error:              # it says, for one, which layer is missing
-        raise UserError(f'{path} is damaged or does not fit: {" ".join(f"{error}".split())}') from error
+        reason = ' '.join(str(error).split())
+        raise UserError(f'{path} is damaged or does not fit this code: {reason}') from error
     require(name in (None, state['name']), f'{path} holds a {state["name"]}, not a {name}')
     return model, vae
 
@@ -191,7 +203,7 @@ def show_progress(name, losses, epochs, total, rate, pace):
     require(math.isfinite(loss), f'the loss is {loss} at step {len(losses)}: try a lower --lr')
     left = time.strftime('%H:%M:%S', time.gmtime(pace * (total - len(losses))))
     line = f'{name}: epoch {epochs * len(losses) / total:.2f} of {epochs:g}, loss {loss:.4f}, '
-    line = (line + f'{rate:.0f} img/s, {left} left').ljust(70)     # covers what was there
+    line = (line + f'{rate:.0f} img/s, {left} left').ljust(70)     # over the line of before
     print(line, end='\r' if sys.stdout.isatty() else '\n', flush=True)
 
 
@@ -210,14 +222,16 @@ def finish_epoch(state, average, data, vae, args):
             save_picture(f'{args.out}/{state["name"]}_epochs.png', torch.cat(state['digits']), 10)
     require(math.isfinite(losses[0]), f'the held-out loss is {losses[0]}: try a lower --lr')
     parts = zip(('held-out loss', 'reconstruction error', 'KL in nats'), losses)
-    print(', '.join(f'{text} {loss:.4f}' for text, loss in parts).ljust(70), flush=True)
+    line = ', '.join(f'{text} {loss:.4f}' for text, loss in parts)
+    print(f'{state["name"]}: epoch {state["epoch"]} done, {line}'.ljust(70), flush=True)
 
 
 def draw(model, vae, digits, w, args):
     """X_t on its way to the digits at scale w, from the same noise each time: a list of images."""
     torch.manual_seed(args.seed)
     noise = torch.randn(len(digits), *model.shape, device=args.device)     # X_0
-    velocity = functools.partial(guided_velocity, model, y=torch.tensor(digits, device=args.device), w=w)
+    y = torch.tensor(digits, device=args.device)
+    velocity = functools.partial(guided_velocity, model, y=y, w=w)         # of x and t
     with torch.no_grad(), autocast(args.device):
         states = euler(velocity, noise, args.steps)                # at t = 0, 1/steps, …, 1
         return [(z if vae is None else vae.to_image(z)).float().cpu() for z in states]
@@ -263,12 +277,14 @@ def parse(argv):
                             ('batch_size', int, 'images a step'), ('lr', float, 'learning rate')):
         default = ', '.join(f'{name} {RUNS[name][key]}' for name in RUNS if name != 'vae')
         add('--' + key.replace('_', '-'), type=kind, help=f'{text} (default: {default})')
-    add('--guidance', type=float, nargs='+', default=[0, 1, 2, 4], metavar='W', help='(0 1 2 4)')
+    add('--guidance', type=float, nargs='+', default=[0, 1, 2, 4], metavar='W',
+        help='guidance scales to draw with (default: 0 1 2 4)')
     add('--steps', type=int, default=50, help='Euler steps of a drawing (default: 50)')
     add('--prompt', metavar='DIGITS', help='draw these digits; no training')
     add('--seed', type=int, default=0, help='the same seed, the same files (default: 0)')
     add('--device', default=best, help=f'cuda, mps or cpu (default here: {best})')
-    add('--data', default=os.path.dirname(__file__) + '/data/mnist.npz', help='(%(default)s)')
+    add('--data', default=os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data/mnist.npz'),
+        help='the digits (default: data/mnist.npz beside this program)')
     add('--out', default='out', help='folder to write to (default: out)')
     add('--resume', action='store_true', help='go on after the last epoch that was saved')
     args = parser.parse_args(argv)
@@ -305,14 +321,14 @@ def run(args):
         os.replace(f'{stem}.pt', f'{stem}_before.pt')
         print(f'{stem}.pt of before is kept as {stem}_before.pt')
     model = train(args.name, settings, data, args, args.resume, vae)
-    print(f'drawing {stem}_guidance.png, a row for each w of {args.guidance}, and {stem}_path.png')
     draw_guidance(f'{stem}_guidance.png', model, vae, range(10), args)
     draw_path(f'{stem}_path.png', model, vae, args)
     x, y = to_model(data[2][:100]), data[3][:100]                  # held-out digits
     with autocast(args.device):
         if vae is not None:
             draw_vae(f'{args.out}/vae.png', vae, x[:10])
-        print(f'reading {len(x)} test digits:', count_right(model, vae, x, y).item(), 'are right')
+        print(f'reading {len(x)} test digits …', flush=True)
+        print(f'the flow, as a classifier, reads {count_right(model, vae, x, y)} of them right')
 
 
 def main(argv=None):
@@ -324,7 +340,7 @@ def main(argv=None):
         print(f'train_mnist.py: {error}'.ljust(70), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print('stopped; --resume goes on after the last epoch that was finished', file=sys.stderr)
+        print('stopped; --resume goes on after the last whole epoch, if any'.ljust(70), file=sys.stderr)
         return 130                                                 # what a shell gives for Ctrl-C
 
 
