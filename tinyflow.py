@@ -49,8 +49,8 @@ def conditional_vector_field(x, z, t):
     """The same u_t^target(x|z) from x and z alone, both (B, …): the notes' closed form, like x.
 
     Only the DiT needs this: that network predicts z, and u must be computed from it. Solve
-    x = α z + β ε for ε, put it in α̇ z + β̇ ε: on the straight path (z - x) / (1 - t). Since β_1 = 0,
-    β is held above 0.05: u is exact up to there, here up to t = 0.95.
+    x = α z + β ε for ε and put it in α̇ z + β̇ ε: (z - x) / (1 - t) on the straight path. As
+    β_1 = 0, β is held above 0.05: u is exact up to there, here up to t = 0.95.
     """
     t = t.reshape(-1, *[1] * (x.dim() - 1))           # (B, 1, …, 1)
     alpha, beta, d_alpha, d_beta = gaussian_path(t)

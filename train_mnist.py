@@ -28,15 +28,18 @@ from tinyflow import cfm_loss, classify, euler, guided_velocity, update_average 
 from unet import UNet                                              # section 2.1
 from vae import VAE, vae_loss                                      # section 2.3
 
+# ---- Settings ----------------------------------------------------------------------------------
+
 # How each network is built and trained: passes over the data, images a step, peak learning rate.
 # The data points of a latent run are the latents of the VAE: (4, 8, 8) numbers without a bound.
 RUNS = {
     'unet': dict(build=UNet, epochs=2, batch_size=64, lr=2e-3),
     'dit': dict(build=DiT, epochs=2.5, batch_size=32, lr=2e-3),
-    'unet_latent': dict(build=lambda: UNet((4, 8, 8), (64, 128)), epochs=4, batch_size=64, lr=2e-3),
-    'dit_latent': dict(build=lambda: DiT((4, 8, 8), patch=2, bound=math.inf),      # 16 tokens
+    'unet_latent': dict(build=lambda: UNet((4, 8, 8), widths=(64, 128)),
+                        epochs=4, batch_size=64, lr=2e-3),
+    'dit_latent': dict(build=lambda: DiT((4, 8, 8), patch=2, bound=math.inf),
                        epochs=4.75, batch_size=64, lr=2e-3),
-    'vae': dict(build=VAE, epochs=1.5, batch_size=32, lr=2e-3, seed=0),    # one for both latent runs
+    'vae': dict(build=VAE, epochs=1.5, batch_size=32, lr=2e-3, seed=0),    # for both latent runs
 }
 
 
@@ -55,15 +58,16 @@ def require(condition, message):
 def load_mnist(path):
     """(x_train, y_train, x_test, y_test) from a file laid out like data/mnist.npz, or UserError.
 
-    x: uint8 (N, 1, 32, 32), the 28x28 digits with a border of 2; y: int64 (N,), 0 … 9."""
+    x: uint8 (N, 1, 32, 32), the 28x28 digits with a border of 2; y: int64 (N,), 0 … 9.
+    """
     require(os.path.exists(path), f'--data {path} is missing')
     tensors = []
     try:
         with np.load(path, allow_pickle=False) as file:                    # arrays, never code
             for part in ('train', 'test'):
                 x, y = file[f'x_{part}'], file[f'y_{part}']                # (N, 28, 28), (N,)
-                require(x.dtype == np.uint8 and x.shape == (y.size, 28, 28) and y.size > 0 and
-                        np.isin(y, range(10)).all(), f'{x.dtype} {x.shape}, labels {y}')
+                require(x.dtype == np.uint8 and x.shape == (len(y), 28, 28), f'{x.dtype}{x.shape}')
+                require(len(y) > 0 and np.isin(y, range(10)).all(), 'labels must be 0 … 9')
                 x = np.pad(x[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))   # 32 halves often
                 tensors += [torch.from_numpy(x), torch.from_numpy(y.astype(np.int64))]
     except Exception as error:              # a damaged or foreign file fails in one of a dozen ways
@@ -100,12 +104,13 @@ def image_grid(images, columns):
 def save_png(path, pixels):
     """Write pixels (H, W) uint8 as a grey PNG file: a signature, then three chunks."""
     def chunk(tag, data):
-        return len(data).to_bytes(4, 'big') + tag + data + zlib.crc32(tag + data).to_bytes(4, 'big')
+        check = zlib.crc32(tag + data).to_bytes(4, 'big')
+        return len(data).to_bytes(4, 'big') + tag + data + check
 
     H, W = pixels.shape
     header = W.to_bytes(4, 'big') + H.to_bytes(4, 'big') + bytes([8, 0, 0, 0, 0])  # 8 bits, grey
     rows = np.pad(np.asarray(pixels), ((0, 0), (1, 0)))            # 0 before a row: no filter
-    body = chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows.tobytes()))
+    body = chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows.tobytes()))  # size, pixels
     write_file(path, b'\x89PNG\r\n\x1a\n' + body + chunk(b'IEND', b''))
 
 
@@ -137,10 +142,9 @@ def load_checkpoint(path, device, name=None):
 
 def autocast(device):
     """A context where matrices multiply in bfloat16, if a GPU or x86 CPU has it in hardware."""
-    cpu = torch.cpu.get_capabilities() if device.type == 'cpu' else {}     # {'avx2': True, …}
+    cpu = device.type == 'cpu' and torch.cpu._is_avx512_bf16_supported()   # emulated: far slower
     gpu = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-    fast = gpu or cpu.get('avx512_bf16', False) or cpu.get('amx_bf16', False)  # emulated: slow
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    return torch.autocast(device.type, torch.bfloat16, enabled=cpu or gpu)
 
 
 def losses_of(model, x, y, vae):
@@ -154,7 +158,8 @@ def train(name, settings, data, args, resume=False, vae=None):
     """Train the network of the run `name`; with `resume` go on after the last epoch in NAME.pt.
 
     settings: epochs, batch_size, lr, seed, checksum of the data. vae: the trained one of a latent
-    run. Returns the averaged network, without gradients. UserError if the loss is not finite."""
+    run. Returns the averaged network, without gradients. UserError if the loss is not finite.
+    """
     epochs, batch_size, lr, seed, _ = settings.values()
     torch.manual_seed(seed)                                        # the same seed, the same files
     model = RUNS[name]['build']().to(args.device)                  # u_t^θ, or the VAE
@@ -199,7 +204,7 @@ def train(name, settings, data, args, resume=False, vae=None):
 
 def show_progress(name, losses, epochs, total, rate, pace):
     """Say how far the training is, at `pace` seconds a step; a terminal rewrites the line."""
-    loss = np.mean([float(loss) for loss in losses[-100:]])
+    loss = np.mean([float(loss) for loss in losses[-100:]])        # one loss alone jumps
     require(math.isfinite(loss), f'the loss is {loss} at step {len(losses)}: try a lower --lr')
     left = time.strftime('%H:%M:%S', time.gmtime(pace * (total - len(losses))))
     line = f'{name}: epoch {epochs * len(losses) / total:.2f} of {epochs:g}, loss {loss:.4f}, '
@@ -215,7 +220,8 @@ def finish_epoch(state, average, data, vae, args):
     torch.manual_seed(0)                                           # always the same t, ε and ∅
     with torch.no_grad(), autocast(args.device):
         losses = losses_of(average, x, y, vae)
-        if state['name'] == 'vae':                                 # to_latent divides by the old one
+        if state['name'] == 'vae':
+            # to_latent divides by the scale of before; times that, it is the latents' deviation.
             average.latent_scale.mul_(average.to_latent(x).std())
         else:
             state['digits'].append(draw(average, vae, range(10), 2.0, args)[-1])
@@ -225,6 +231,8 @@ def finish_epoch(state, average, data, vae, args):
     line = ', '.join(f'{text} {loss:.4f}' for text, loss in parts)
     print(f'{state["name"]}: epoch {state["epoch"]} done, {line}'.ljust(70), flush=True)
 
+
+# ---- What is drawn -----------------------------------------------------------------------------
 
 def draw(model, vae, digits, w, args):
     """X_t on its way to the digits at scale w, from the same noise each time: a list of images."""
@@ -239,7 +247,7 @@ def draw(model, vae, digits, w, args):
 
 def draw_guidance(path, model, vae, digits, args):
     """The notes' figure 2: a row for each guidance scale w, a column for each digit asked for."""
-    rows = [draw(model, vae, digits, w, args)[-1] for w in args.guidance]
+    rows = [draw(model, vae, digits, w, args)[-1] for w in args.guidance]  # X_1 of each
     save_picture(path, torch.cat(rows), columns=len(digits))
 
 
@@ -247,7 +255,7 @@ def draw_path(path, model, vae, args):
     """X_t from noise to digit at w = 2: a row for each digit, a column for each of nine times."""
     states = draw(model, vae, range(10), 2.0, args)
     nine = [states[round(k * args.steps / 8)] for k in range(9)]   # 9 × (10, 1, 32, 32)
-    save_picture(path, torch.stack(nine, dim=1).flatten(0, 1), columns=9)
+    save_picture(path, torch.stack(nine, dim=1).flatten(0, 1), columns=9)  # (90, 1, 32, 32)
 
 
 def draw_vae(path, vae, x):
@@ -255,16 +263,19 @@ def draw_vae(path, vae, x):
     save_picture(path, torch.cat([x, vae.to_image(vae.to_latent(x))]), columns=len(x))
 
 
-def count_right(model, vae, x, y):
-    """How many of the digits x, with labels y, the flow as a classifier reads right."""
+def read_digits(model, vae, x, y):
+    """Say how many of the test digits x, with labels y, the flow as a classifier reads right."""
+    print(f'reading {len(x)} test digits', flush=True)
     z = x if vae is None else vae.to_latent(x)
-    return (classify(model, z, draws=4) == y).sum()                # 4 draws suffice
+    right = (classify(model, z, draws=4) == y).sum()               # 4 draws suffice
+    print(f'as a classifier, the flow reads {right} of {len(x)} test digits right')
 
 
 # ---- The command line --------------------------------------------------------------------------
 
 def parse(argv):
     """The options, with the defaults of the run filled in. UserError if one makes no sense."""
+    here = os.path.dirname(os.path.abspath(__file__))              # started from any folder
     best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.mps.is_available() else 'cpu'
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the lines of __doc__
@@ -283,16 +294,16 @@ def parse(argv):
     add('--prompt', metavar='DIGITS', help='draw these digits; no training')
     add('--seed', type=int, default=0, help='the same seed, the same files (default: 0)')
     add('--device', default=best, help=f'cuda, mps or cpu (default here: {best})')
-    add('--data', default=os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data/mnist.npz'),
-        help='the digits (default: data/mnist.npz beside this program)')
+    add('--data', default=f'{here}/data/mnist.npz', help='the digits (default: %(default)s)')
     add('--out', default='out', help='folder to write to (default: out)')
     add('--resume', action='store_true', help='go on after the last epoch that was saved')
     args = parser.parse_args(argv)
-    args.name = args.model + '_latent' * args.latent
+    args.name = args.model + '_latent' * args.latent               # a key of RUNS
     for key in ('epochs', 'batch_size', 'lr', 'steps'):
         if vars(args)[key] is None:                                # not given: that of the run
             setattr(args, key, RUNS[args.name][key])
-        require(0 < vars(args)[key] < 1e6, f'--{key.replace("_", "-")} must be above 0, below 1e6')
+        option = '--' + key.replace('_', '-')
+        require(0 < vars(args)[key] < 1e6, f'{option} must be above 0, below 1e6')     # nor nan
     require(all(abs(w) < 1000 for w in args.guidance), '--guidance must be within ±1000')
     require(args.prompt is None or args.prompt.isdecimal(), '--prompt takes digits')
     return args
@@ -305,20 +316,23 @@ def run(args):
         os.makedirs(args.out, exist_ok=True)
     except Exception as error:              # each kind of device that is not there has its own
         raise UserError(f'--device {args.device}, --out {args.out}: {str(error).splitlines()[0]}')
-    stem, vae = f'{args.out}/{args.name}', None
+    stem, vae_path, vae = f'{args.out}/{args.name}', f'{args.out}/vae.pt', None
+    if args.latent and os.path.exists(vae_path) and not os.path.exists(f'{stem}.pt'):
+        args.resume = False                 # stopped while the VAE was learning: go on with that
     if args.prompt or args.resume:
         model, vae = load_checkpoint(f'{stem}.pt', args.device, args.name)
     if args.prompt:
-        return draw_guidance(f'{stem}_prompt.png', model, vae, list(map(int, args.prompt)), args)
-    data = load_mnist(args.data)
+        digits = [int(digit) for digit in args.prompt]
+        return draw_guidance(f'{stem}_prompt.png', model, vae, digits, args)
+    data = load_mnist(args.data)                                   # x, y to train, x, y to test
     settings = {key: vars(args)[key] for key in ('epochs', 'batch_size', 'lr', 'seed')}
     settings['data'] = zlib.crc32(data[0].numpy().tobytes() + data[1].numpy().tobytes())
-    data = [part.to(args.device) for part in data]
+    data = [part.to(args.device) for part in data]                 # all of it fits on a GPU
     if args.latent and not args.resume:                            # the VAE: unless it is done
         own = {key: RUNS['vae'].get(key, settings[key]) for key in settings}
-        vae = train('vae', own, data, args, resume=os.path.exists(f'{args.out}/vae.pt'))
+        vae = train('vae', own, data, args, resume=os.path.exists(vae_path))
     if not args.resume and os.path.exists(f'{stem}.pt'):
-        os.replace(f'{stem}.pt', f'{stem}_before.pt')
+        os.replace(f'{stem}.pt', f'{stem}_before.pt')              # not lost by starting again
         print(f'{stem}.pt of before is kept as {stem}_before.pt')
     model = train(args.name, settings, data, args, args.resume, vae)
     draw_guidance(f'{stem}_guidance.png', model, vae, range(10), args)
@@ -327,8 +341,7 @@ def run(args):
     with autocast(args.device):
         if vae is not None:
             draw_vae(f'{args.out}/vae.png', vae, x[:10])
-        print(f'reading {len(x)} test digits …', flush=True)
-        print(f'the flow, as a classifier, reads {count_right(model, vae, x, y)} of them right')
+        read_digits(model, vae, x, y)
 
 
 def main(argv=None):
@@ -338,9 +351,10 @@ def main(argv=None):
         return 0
     except UserError as error:
         print(f'train_mnist.py: {error}'.ljust(70), file=sys.stderr)
-        return 1
+        return 1                                                   # all else keeps its traceback
     except KeyboardInterrupt:
-        print('stopped; --resume goes on after the last whole epoch, if any'.ljust(70), file=sys.stderr)
+        hint = 'stopped; --resume goes on after the last whole epoch, if there is one'
+        print(hint.ljust(70), file=sys.stderr)
         return 130                                                 # what a shell gives for Ctrl-C
 
 
