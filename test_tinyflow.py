@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import distributions, nn
 from torch.nn import functional as F
+
 import tinyflow
 import train_mnist
 from dit import DiT, DiTBlock, SelfAttention, patchify, unpatchify
@@ -139,8 +140,8 @@ def test_euler_is_of_first_order_and_yields_every_state():
     coarse, fine = [list(euler(lambda x, t: -x, x, steps)) for steps in (50, 100)]
     assert (coarse[-1] - 1 / math.e) / (fine[-1] - 1 / math.e) == pytest.approx(2, rel=0.02)
     assert len(coarse) == 51 and not coarse[-1].requires_grad
-    times = list(euler(lambda x, t: t, torch.zeros(1), 4))                 # sums of 0, 1/4, 2/4, …
-    assert torch.equal(torch.cat(times), torch.tensor([0, 0, 1, 3, 6]) / 16)
+    sums = list(euler(lambda x, t: t, torch.zeros(1), 4))                  # of t = 0, 1/4, 2/4, 3/4
+    assert torch.equal(torch.cat(sums), torch.tensor([0, 0, 1, 3, 6]) / 16)
 
 
 def test_samples_of_the_exact_field_are_like_the_data():
@@ -289,7 +290,8 @@ def test_attention_is_that_of_pytorch():
 
 def test_a_block_is_that_of_the_paper_and_a_new_one_the_identity():
     block, x, c = DiTBlock(16, heads=2), torch.randn(2, 5, 16), torch.randn(2, 16)
-    assert torch.equal(block(x, c), x) and torch.equal(ResidualBlock(2, 2, 16)(x[None], c), x[None])
+    assert torch.equal(block(x, c), x)
+    assert torch.equal(ResidualBlock(5, 5, 16)(x[..., None], c), x[..., None])     # the U-Net's
     six, expected = awake(block).modulation(F.silu(c))[:, None].chunk(6, dim=2), x
     for part, gamma, beta, alpha in ((block.attention, *six[:3]), (block.mlp, *six[3:])):
         norm = F.layer_norm(expected, (16,))
@@ -355,8 +357,8 @@ def digits(tmp_path_factory):
 @pytest.fixture
 def run(digits, tmp_path, monkeypatch):
     """The program on these digits, with small networks on pixels: returns its exit status."""
-    for name, build in (('unet', small_unet), ('dit', small_dit)):
-        monkeypatch.setitem(train_mnist.RUNS[name], 'build', build)
+    monkeypatch.setitem(train_mnist.RUNS['unet'], 'build', small_unet)
+    monkeypatch.setitem(train_mnist.RUNS['dit'], 'build', small_dit)
     start = ['--data', digits, '--steps', '2', '--out', str(tmp_path)]
     return lambda *line: train_mnist.main([*start, *line])
 
@@ -364,10 +366,9 @@ def run(digits, tmp_path, monkeypatch):
 def read_png(path):
     """The pixels of a grey PNG of three chunks, by the words of the PNG specification."""
     data = path.read_bytes()
-    width, height, size = [int.from_bytes(data[at:at + 4], 'big') for at in (16, 20, 33)]
+    height, size = [int.from_bytes(data[at:at + 4], 'big') for at in (20, 33)]
     assert zlib.crc32(data[37:41 + size]) == int.from_bytes(data[41 + size:45 + size], 'big')
-    rows = np.frombuffer(zlib.decompress(data[41:41 + size]), np.uint8)
-    return rows.reshape(height, width + 1)[:, 1:]
+    return np.frombuffer(zlib.decompress(data[41:41 + size]), np.uint8).reshape(height, -1)[:, 1:]
 
 
 @pytest.mark.parametrize('name', ['unet', 'dit', 'unet_latent', 'dit_latent'])
@@ -438,8 +439,8 @@ def test_bad_input_is_refused_in_one_line(line, message, run, tmp_path, capsys, 
 
 
 def test_a_mistake_in_the_code_keeps_its_traceback(run, monkeypatch):
-    monkeypatch.setattr(DiTBlock, 'forward', lambda self, x, c: x @ c)
-    with pytest.raises(RuntimeError, match='size'):
+    monkeypatch.setattr(DiTBlock, 'forward', lambda self, x, c: x @ c)     # no such product
+    with pytest.raises(RuntimeError, match='shapes'):
         run('--model', 'dit')
 
 

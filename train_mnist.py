@@ -12,6 +12,7 @@ knows the field of digits in general; u(x, ∅) + w (u(x, y) - u(x, ∅)) turns 
 """
 import argparse
 import copy
+import datetime
 import functools
 import io
 import math
@@ -27,8 +28,6 @@ from dit import DiT                                                # section 2.2
 from tinyflow import cfm_loss, classify, euler, guided_velocity, update_average     # section 1
 from unet import UNet                                              # section 2.1
 from vae import VAE, vae_loss                                      # section 2.3
-
-# ---- Settings ----------------------------------------------------------------------------------
 
 # How each network is built and trained: passes over the data, images a step, peak learning rate.
 # The data points of a latent run are the latents of the VAE: (4, 8, 8) numbers without a bound.
@@ -66,9 +65,9 @@ def load_mnist(path):
         with np.load(path, allow_pickle=False) as file:                    # arrays, never code
             for part in ('train', 'test'):
                 x, y = file[f'x_{part}'], file[f'y_{part}']                # (N, 28, 28), (N,)
-                require(x.dtype == np.uint8 and x.shape == (len(y), 28, 28), f'{x.dtype}{x.shape}')
+                require(x.dtype == np.uint8 and x.shape == (len(y), 28, 28), 'not uint8 28x28')
                 require(len(y) > 0 and np.isin(y, range(10)).all(), 'labels must be 0 … 9')
-                x = np.pad(x[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))   # 32 halves often
+                x = np.pad(x[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))   # (N, 1, 32, 32)
                 tensors += [torch.from_numpy(x), torch.from_numpy(y.astype(np.int64))]
     except Exception as error:              # a damaged or foreign file fails in one of a dozen ways
         raise UserError(f'--data {path} is damaged or not laid out like MNIST: {error}') from error
@@ -116,9 +115,16 @@ def save_png(path, pixels):
 
 def save_picture(path, x, columns):
     """Save images x (N, 1, H, W) in [-1, 1] as a grid, each pixel as a 3x3 square."""
-    print(f'drawing {path}', flush=True)
+    print(f'drawing {path}'.ljust(70), flush=True)
     pixels = image_grid(to_pixels(x).cpu(), columns)               # uint8 (rows·H, columns·W)
     save_png(path, pixels.repeat_interleave(3, dim=0).repeat_interleave(3, dim=1))
+
+
+def save_checkpoint(path, state):
+    """Write the dictionary `state`, by way of bytes for write_file."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    write_file(path, file.getvalue())
 
 
 def load_checkpoint(path, device, name=None):
@@ -160,7 +166,7 @@ def train(name, settings, data, args, resume=False, vae=None):
     settings: epochs, batch_size, lr, seed, checksum of the data. vae: the trained one of a latent
     run. Returns the averaged network, without gradients. UserError if the loss is not finite.
     """
-    epochs, batch_size, lr, seed, _ = settings.values()
+    epochs, batch_size, lr, seed = [settings[key] for key in ('epochs', 'batch_size', 'lr', 'seed')]
     torch.manual_seed(seed)                                        # the same seed, the same files
     model = RUNS[name]['build']().to(args.device)                  # u_t^θ, or the VAE
     average = copy.deepcopy(model).eval().requires_grad_(False)    # see update_average
@@ -168,11 +174,12 @@ def train(name, settings, data, args, resume=False, vae=None):
     parts = dict(weights=model, average=average, optimizer=optimizer)      # what is saved of each
     state = dict(name=name, settings=settings, epoch=0, losses=[], digits=[])      # and the rest
     if resume:
-        state = torch.load(f'{args.out}/{name}.pt', map_location=args.device, weights_only=True)
-        require(state['settings'] == settings, f'{name}.pt: {state["settings"]}, not {settings}')
+        state = torch.load(f'{args.out}/{name}.pt', map_location='cpu', weights_only=True)
+        before = state.get('settings')
+        require(before == settings, f'{name}.pt was made with {before}, not {settings}')
         for key, part in parts.items():
             part.load_state_dict(state[key])                       # as it was after that epoch
-    losses, (x_train, y_train) = state['losses'], data[:2]         # losses: of each step so far
+    x_train, y_train, losses = data[0], data[1], state['losses']   # losses: of each step so far
     total = max(1, round(epochs * math.ceil(len(x_train) / batch_size)))   # steps
     first, begin = len(losses), time.monotonic()                   # to tell the time left
     while len(losses) < total:
@@ -181,10 +188,8 @@ def train(name, settings, data, args, resume=False, vae=None):
         batches = torch.randperm(len(x_train), device=args.device).split(batch_size)
         for index in batches[:total - len(losses)]:                # the last epoch may be a part
             step = len(losses)                                     # 0, 1, …
-            warm_up = min(1, 20 * (step + 1) / total)              # the first steps overshoot
-            cosine = (1 + math.cos(math.pi * step / total)) / 2    # at last the weights rest
-            optimizer.param_groups[0]['lr'] = lr * warm_up * cosine
-            with autocast(args.device):                            # (z, y) ~ p_data
+            optimizer.param_groups[0]['lr'] = learning_rate(step, total, lr)
+            with autocast(args.device):
                 loss = losses_of(model, to_model(x_train[index]), y_train[index], vae)[0]
             optimizer.zero_grad()                                  # gradients would add up
             loss.backward()
@@ -197,17 +202,21 @@ def train(name, settings, data, args, resume=False, vae=None):
                 show_progress(name, losses, epochs, total, batch_size / pace, pace)
         finish_epoch(state, average, data, vae, args)
         state.update({key: part.state_dict() for key, part in parts.items()})
-        torch.save(state, file := io.BytesIO())                    # bytes for write_file
-        write_file(f'{args.out}/{name}.pt', file.getvalue())
+        save_checkpoint(f'{args.out}/{name}.pt', state)
     return average
+
+
+def learning_rate(step, total, peak):
+    """Warm-up in the first 5 % of the steps, as they overshoot; then half a cosine to zero."""
+    return peak * min(1, 20 * (step + 1) / total) * (1 + math.cos(math.pi * step / total)) / 2
 
 
 def show_progress(name, losses, epochs, total, rate, pace):
     """Say how far the training is, at `pace` seconds a step; a terminal rewrites the line."""
     loss = np.mean([float(loss) for loss in losses[-100:]])        # one loss alone jumps
     require(math.isfinite(loss), f'the loss is {loss} at step {len(losses)}: try a lower --lr')
-    left = time.strftime('%H:%M:%S', time.gmtime(pace * (total - len(losses))))
-    line = f'{name}: epoch {epochs * len(losses) / total:.2f} of {epochs:g}, loss {loss:.4f}, '
+    left = datetime.timedelta(seconds=round(pace * (total - len(losses))))
+    line = f'{name}: epoch {epochs * len(losses) / total:.2f} of {epochs:g}, loss {loss:.3f}, '
     line = (line + f'{rate:.0f} img/s, {left} left').ljust(70)     # over the line of before
     print(line, end='\r' if sys.stdout.isatty() else '\n', flush=True)
 
@@ -305,6 +314,7 @@ def parse(argv):
         option = '--' + key.replace('_', '-')
         require(0 < vars(args)[key] < 1e6, f'{option} must be above 0, below 1e6')     # nor nan
     require(all(abs(w) < 1000 for w in args.guidance), '--guidance must be within ±1000')
+    require(0 <= args.seed < 1e9, '--seed must be from 0 to 999,999,999')
     require(args.prompt is None or args.prompt.isdecimal(), '--prompt takes digits')
     return args
 
@@ -317,9 +327,10 @@ def run(args):
     except Exception as error:              # each kind of device that is not there has its own
         raise UserError(f'--device {args.device}, --out {args.out}: {str(error).splitlines()[0]}')
     stem, vae_path, vae = f'{args.out}/{args.name}', f'{args.out}/vae.pt', None
-    if args.latent and os.path.exists(vae_path) and not os.path.exists(f'{stem}.pt'):
-        args.resume = False                 # stopped while the VAE was learning: go on with that
-    if args.prompt or args.resume:
+    kept = os.path.exists(f'{stem}.pt')
+    # A latent run that was stopped while its VAE was learning has no NAME.pt yet: it starts there.
+    resume = args.resume and (kept or not (args.latent and os.path.exists(vae_path)))
+    if args.prompt or resume:
         model, vae = load_checkpoint(f'{stem}.pt', args.device, args.name)
     if args.prompt:
         digits = [int(digit) for digit in args.prompt]
@@ -328,13 +339,15 @@ def run(args):
     settings = {key: vars(args)[key] for key in ('epochs', 'batch_size', 'lr', 'seed')}
     settings['data'] = zlib.crc32(data[0].numpy().tobytes() + data[1].numpy().tobytes())
     data = [part.to(args.device) for part in data]                 # all of it fits on a GPU
-    if args.latent and not args.resume:                            # the VAE: unless it is done
+    if args.latent and not resume:                                 # the VAE: unless it is done
         own = {key: RUNS['vae'].get(key, settings[key]) for key in settings}
+        if os.path.exists(vae_path):
+            load_checkpoint(vae_path, args.device, 'vae')          # refuses a damaged one
         vae = train('vae', own, data, args, resume=os.path.exists(vae_path))
-    if not args.resume and os.path.exists(f'{stem}.pt'):
+    if kept and not resume:
         os.replace(f'{stem}.pt', f'{stem}_before.pt')              # not lost by starting again
         print(f'{stem}.pt of before is kept as {stem}_before.pt')
-    model = train(args.name, settings, data, args, args.resume, vae)
+    model = train(args.name, settings, data, args, resume, vae)
     draw_guidance(f'{stem}_guidance.png', model, vae, range(10), args)
     draw_path(f'{stem}_path.png', model, vae, args)
     x, y = to_model(data[2][:100]), data[3][:100]                  # held-out digits
