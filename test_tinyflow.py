@@ -106,8 +106,7 @@ def test_training_draws_uniform_times_and_hides_one_label_in_ten():
 def test_the_program_of_the_readme_learns_the_exact_field(tmp_path):
     readme, program = (HERE / 'README.md').read_text(encoding='utf-8'), tmp_path / 'program.py'
     program.write_text(readme.split('```python\n')[1].split('```')[0], encoding='utf-8')
-    model = runpy.run_path(str(program))['model']
-    z, y = draw_data(3000)
+    model, (z, y) = runpy.run_path(str(program))['model'], draw_data(3000)
     t = 0.9 * torch.rand(3000)
     x = conditional_path(z, torch.randn(3000, 2), t)[0]
     for label in (y, torch.full_like(y, 2)):                               # each class, and ∅
@@ -290,8 +289,8 @@ def test_attention_is_that_of_pytorch():
 
 def test_a_block_is_that_of_the_paper_and_a_new_one_the_identity():
     block, x, c = DiTBlock(16, heads=2), torch.randn(2, 5, 16), torch.randn(2, 16)
-    assert torch.equal(block(x, c), x)
-    assert torch.equal(ResidualBlock(5, 5, 16)(x[..., None], c), x[..., None])     # the U-Net's
+    assert torch.equal(block(x, c), x)                                     # and so the U-Net's:
+    assert torch.equal(ResidualBlock(5, 5, 16)(x[..., None], c), x[..., None])
     six, expected = awake(block).modulation(F.silu(c))[:, None].chunk(6, dim=2), x
     for part, gamma, beta, alpha in ((block.attention, *six[:3]), (block.mlp, *six[3:])):
         norm = F.layer_norm(expected, (16,))
@@ -349,8 +348,8 @@ def test_at_its_best_the_vae_loss_is_minus_the_log_evidence():
 def digits(tmp_path_factory):
     """A file of a few real digits, laid out like data/mnist.npz."""
     path = str(tmp_path_factory.mktemp('data') / 'few.npz')
-    with np.load(HERE / 'data' / 'mnist.npz') as full:
-        np.savez(path, **{key: full[key][:100 if 'train' in key else 10] for key in full.files})
+    full = np.load(HERE / 'data' / 'mnist.npz')
+    np.savez(path, **{key: full[key][:100 if 'train' in key else 10] for key in full})
     return path
 
 

@@ -46,11 +46,11 @@ def conditional_path(z, noise, t):
 
 
 def conditional_vector_field(x, z, t):
-    """The same u_t^target(x|z) from x and z alone, both (B, …): the notes' closed form, like x.
+    """The same u_t^target(x|z) without the noise, from x and z (B, …) and t (B,), like x.
 
     Only the DiT needs this: that network predicts z, and u must be computed from it. Solve
     x = α z + β ε for ε and put it in α̇ z + β̇ ε: (z - x) / (1 - t) on the straight path. As
-    β_1 = 0, β is held above 0.05: u is exact up to there, here up to t = 0.95.
+    β_1 = 0, β is kept at 0.05 or more: u is exact while β_t is, here up to t = 0.95.
     """
     t = t.reshape(-1, *[1] * (x.dim() - 1))           # (B, 1, …, 1)
     alpha, beta, d_alpha, d_beta = gaussian_path(t)
@@ -128,7 +128,7 @@ def euler(velocity, x, steps):
     if steps < 1:
         raise ValueError(f'Euler needs at least 1 step, got {steps}')
 
-    @torch.no_grad()    # of its own, since `yield` makes a function lazy, and the check must not be
+    @torch.no_grad()    # an inner function: a `yield` in euler itself would delay the check above
     def states(x):
         yield x
         for i in range(steps):

@@ -65,7 +65,7 @@ def load_mnist(path):
         with np.load(path, allow_pickle=False) as file:                    # arrays, never code
             for part in ('train', 'test'):
                 x, y = file[f'x_{part}'], file[f'y_{part}']                # (N, 28, 28), (N,)
-                require(x.dtype == np.uint8 and x.shape == (len(y), 28, 28), 'not uint8 28x28')
+                require(x.dtype == np.uint8 and x.shape == (*y.shape, 28, 28), 'not uint8 28x28')
                 require(len(y) > 0 and np.isin(y, range(10)).all(), 'labels must be 0 … 9')
                 x = np.pad(x[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))   # (N, 1, 32, 32)
                 tensors += [torch.from_numpy(x), torch.from_numpy(y.astype(np.int64))]
@@ -207,7 +207,7 @@ def train(name, settings, data, args, resume=False, vae=None):
 
 
 def learning_rate(step, total, peak):
-    """Warm-up in the first 5 % of the steps, as they overshoot; then half a cosine to zero."""
+    """Warm-up in the first 5 % of the steps, which would overshoot; then half a cosine to zero."""
     return peak * min(1, 20 * (step + 1) / total) * (1 + math.cos(math.pi * step / total)) / 2
 
 
@@ -223,14 +223,14 @@ def show_progress(name, losses, epochs, total, rate, pace):
 
 def finish_epoch(state, average, data, vae, args):
     """Print the held-out loss; draw a row of digits more, or set the scale of the VAE's latents."""
-    state['losses'][:] = [float(loss) for loss in state['losses']]         # were tensors
+    state['losses'][:] = [float(loss) for loss in state['losses']]         # in place; were tensors
     state['vae'] = None if vae is None else vae.state_dict()
     x, y = to_model(data[2][:1000]), data[3][:1000]                # not trained on
     torch.manual_seed(0)                                           # always the same t, ε and ∅
     with torch.no_grad(), autocast(args.device):
         losses = losses_of(average, x, y, vae)
         if state['name'] == 'vae':
-            # to_latent divides by the scale of before; times that, it is the latents' deviation.
+            # to_latent divides by the old scale: old · std(latent / old) is std(latent).
             average.latent_scale.mul_(average.to_latent(x).std())
         else:
             state['digits'].append(draw(average, vae, range(10), 2.0, args)[-1])
@@ -339,14 +339,14 @@ def run(args):
     settings = {key: vars(args)[key] for key in ('epochs', 'batch_size', 'lr', 'seed')}
     settings['data'] = zlib.crc32(data[0].numpy().tobytes() + data[1].numpy().tobytes())
     data = [part.to(args.device) for part in data]                 # all of it fits on a GPU
+    if kept and not resume:
+        os.replace(f'{stem}.pt', f'{stem}_before.pt')              # not lost by starting again
+        print(f'{stem}.pt of before is kept as {stem}_before.pt')
     if args.latent and not resume:                                 # the VAE: unless it is done
         own = {key: RUNS['vae'].get(key, settings[key]) for key in settings}
         if os.path.exists(vae_path):
             load_checkpoint(vae_path, args.device, 'vae')          # refuses a damaged one
         vae = train('vae', own, data, args, resume=os.path.exists(vae_path))
-    if kept and not resume:
-        os.replace(f'{stem}.pt', f'{stem}_before.pt')              # not lost by starting again
-        print(f'{stem}.pt of before is kept as {stem}_before.pt')
     model = train(args.name, settings, data, args, resume, vae)
     draw_guidance(f'{stem}_guidance.png', model, vae, range(10), args)
     draw_path(f'{stem}_path.png', model, vae, args)

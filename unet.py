@@ -36,7 +36,7 @@ class ResidualBlock(nn.Module):
         # Unlike batch normalisation, it lets no image see another.
         self.norm1 = nn.GroupNorm(1, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.affine = nn.Linear(cond_dim, 2 * out_channels)
+        self.affine = nn.Linear(cond_dim, 2 * out_channels)        # c -> scale and shift
         self.norm2 = nn.GroupNorm(1, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         # x passes by these layers unchanged, or where the channels change, by a 1x1 convolution.
@@ -52,8 +52,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x, c):
         h = self.conv1(F.silu(self.norm1(x)))                      # (B, out_channels, H, W)
         # The affine map: t and y set the scale and the shift of every channel, the same at all
-        # pixels (Perez et al. 2018, FiLM). The SiLU lets t and y, merely added in c, act on one
-        # another. 1 + scale, so that a small weight changes little.
+        # pixels (Perez et al. 2018, FiLM). Without the SiLU the effects of t and y, which c is the
+        # sum of, would only add up. 1 + scale, so that a small weight changes little.
         affine = self.affine(F.silu(c))[:, :, None, None]          # (B, 2·out_channels, 1, 1)
         scale, shift = affine.chunk(2, dim=1)                      # 2 × (B, out_channels, 1, 1)
         h = (1 + scale) * self.norm2(h) + shift
@@ -108,6 +108,6 @@ class UNet(nn.Module):
         h = self.bottleneck(h, c)                                  # (B, widths[-1], H', W')
         for block in self.decoder:
             skip = skips.pop()                                     # the deepest first
-            h = F.interpolate(h, size=skip.shape[-2:])             # up to the size of the skip
+            h = F.interpolate(h, size=skip.shape[-2:])             # up to the skip's size
             h = block(torch.cat([h, skip], dim=1), c)              # (B, before, H', W')
         return self.last(F.silu(self.last_norm(h)))                # (B, C, H, W)

@@ -4,7 +4,7 @@ Most of an image's numbers are fine detail, and every step of the flow pays for 
 VAE is trained to squeeze each image x into a small latent, its encoder E (1, 32, 32) -> (4, 8, 8),
 and to paint the image back from it, its decoder D. After that the flow lives in the latent space:
 
-    data:      x ── E ──> latent / latent_scale = z, the data points of cfm_loss
+    data:      x ── E ──> latent ── / latent_scale, their deviation ──> z for cfm_loss
     samples:   noise ── sample ──> z̃ ── latent_scale · z̃ ── D ──> x̃
 
 A plain autoencoder would squeeze as well, but might scatter its latents anywhere. "Variational"
@@ -125,5 +125,5 @@ class VAE(nn.Module):
         return reparameterize(mean, logvar) / self.latent_scale
 
     def to_image(self, z):
-        """x̃ = D(latent_scale · z̃), the images of what the flow draws."""
+        """x̃ = D(latent_scale · z), the images of z = z̃, what the flow draws."""
         return self.decode(z * self.latent_scale)
