@@ -289,7 +289,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the lines of __doc__
     parser.error = functools.partial(require, False)               # one line, not the whole usage
-    add = parser.add_argument
+    add = parser.add_argument                                      # what is None is filled in below
     add('--model', choices=('unet', 'dit'), default='unet', help='the network (default: unet)')
     add('--latent', action='store_true', help='run the flow in the latents of a VAE; OUT/vae.pt is '
         'trained first, with --data and --device, but epochs, batch size, rate, seed of its own')
@@ -322,10 +322,11 @@ def parse(argv):
 def run(args):
     """Draw the prompt; or train, a VAE first if the flow is to run in its latents, and draw."""
     try:
-        args.device = torch.zeros(1, device=args.device).device
+        args.device = torch.zeros(1, device=args.device).device    # fails if there is none
         os.makedirs(args.out, exist_ok=True)
     except Exception as error:              # each kind of device that is not there has its own
         raise UserError(f'--device {args.device}, --out {args.out}: {str(error).splitlines()[0]}')
+    require(os.access(args.out, os.W_OK), f'--out {args.out} cannot be written to')
     stem, vae_path, vae = f'{args.out}/{args.name}', f'{args.out}/vae.pt', None
     kept = os.path.exists(f'{stem}.pt')
     # A latent run that was stopped while its VAE was learning has no NAME.pt yet: it starts there.
@@ -334,20 +335,20 @@ def run(args):
         model, vae = load_checkpoint(f'{stem}.pt', args.device, args.name)
     if args.prompt:
         digits = [int(digit) for digit in args.prompt]
-        return draw_guidance(f'{stem}_prompt.png', model, vae, digits, args)
+        return draw_guidance(f'{stem}_prompt.png', model, vae, digits, args)   # no training
     data = load_mnist(args.data)                                   # x, y to train, x, y to test
     settings = {key: vars(args)[key] for key in ('epochs', 'batch_size', 'lr', 'seed')}
     settings['data'] = zlib.crc32(data[0].numpy().tobytes() + data[1].numpy().tobytes())
     data = [part.to(args.device) for part in data]                 # all of it fits on a GPU
-    if kept and not resume:
-        os.replace(f'{stem}.pt', f'{stem}_before.pt')              # not lost by starting again
-        print(f'{stem}.pt of before is kept as {stem}_before.pt')
     if args.latent and not resume:                                 # the VAE: unless it is done
         own = {key: RUNS['vae'].get(key, settings[key]) for key in settings}
         if os.path.exists(vae_path):
             load_checkpoint(vae_path, args.device, 'vae')          # refuses a damaged one
         vae = train('vae', own, data, args, resume=os.path.exists(vae_path))
-    model = train(args.name, settings, data, args, resume, vae)
+    if kept and not resume:
+        os.replace(f'{stem}.pt', f'{stem}_before.pt')              # not lost by starting again
+        print(f'{stem}.pt of before is kept as {stem}_before.pt')
+    model = train(args.name, settings, data, args, resume, vae)    # refuses other settings
     draw_guidance(f'{stem}_guidance.png', model, vae, range(10), args)
     draw_path(f'{stem}_path.png', model, vae, args)
     x, y = to_model(data[2][:100]), data[3][:100]                  # held-out digits
