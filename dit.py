@@ -73,7 +73,7 @@ class SelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # 3 × (B, heads, N, d)
         # Row i: how much token i listens to each token j; the softmax makes shares of it. Dot
         # products of d numbers are about √d large; divided by √d, they keep the softmax soft.
-        scores = q @ k.transpose(-2, -1) / d ** 0.5                 # (B, heads, N, N)
+        scores = q @ k.transpose(-2, -1) / d ** 0.5                # (B, heads, N, N)
         out = scores.softmax(dim=-1) @ v                           # (B, heads, N, d)
         return self.proj(out.transpose(1, 2).reshape(B, N, dim))   # heads side by side: (B, N, dim)
 
@@ -152,7 +152,7 @@ class DiT(nn.Module):
         h = self.last(modulate(self.last_norm(h), scale, shift))   # (B, N, C·patch²)
         # The tokens name the clean image z, not the velocity: u, z - ε, holds fresh noise in every
         # pixel, while digits vary in few ways, easier to name (Li & He 2025, Back to Basics). No
-        # pixel of z is beyond ±bound, so z_hat need not be, either.
+        # pixel of z is beyond ±bound, nor is z_hat (a clamped pixel has no gradient).
         z_hat = unpatchify(h, self.patch, self.shape).clamp(-self.bound, self.bound)
         # Near t = 1 the velocity counts an error of z_hat up to 20 times, the loss 400 times: the
         # first losses are near 35 on MNIST.

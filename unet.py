@@ -12,7 +12,8 @@ connections between equal levels carry that to the decoder. With the default siz
                                           └────── bottleneck ──────┘
 
 Left: what the encoder's residual block gives at each level. Right: what comes from below to the
-decoder's block, which takes the skip beside it and gives the channels of the next level up.
+decoder's block, which takes the skip beside it and gives the channels of the next level up (at
+the top, again 16). H', W' below are the height and width of a level.
 """
 import torch
 from torch import nn

@@ -47,7 +47,7 @@ def vae_loss(vae, x, beta):
 
     Where this comes from: log p(x) is at least the ELBO, the evidence lower bound. With N(0, I) as
     the prior of the latents, and a decoder that is right up to Gaussian errors of variance s² at
-    every pixel, and with E_q the mean over the posterior,
+    every pixel (E_q is the mean over the posterior),
 
         -ELBO = E_q ‖x - D(latent)‖² / (2s²) + KL(q(latent|x) ‖ N(0, I)) + const.
 
