@@ -388,11 +388,11 @@ def test_each_run_trains_draws_and_answers_a_prompt(name, run, digits, tmp_path)
 KILLED = '''import os, sys, test_tinyflow, train_mnist
 train_mnist.RUNS['unet']['build'] = test_tinyflow.small_unet
 train_mnist.RUNS['dit']['build'] = test_tinyflow.small_dit
-def write_and_die(path, data, write=train_mnist.write_file):
-    write(path, data)
+def move_and_die(source, path, move=os.replace):
+    move(source, path)
     if path.endswith('t.pt'):                  # the flow's first checkpoint, not vae.pt
         os._exit(9)                            # as by kill -9: not one line more is run
-train_mnist.write_file = write_and_die
+os.replace = move_and_die
 train_mnist.main(sys.argv[1:])'''
 
 
@@ -424,9 +424,9 @@ def test_an_old_model_is_kept_and_other_settings_are_refused(run, tmp_path, caps
     ('--batch-size -1', '--batch-size'), ('--lr nan', '--lr'), ('--lr 1e5', 'try a lower --lr'),
     ('--guidance 1 1e9', '--guidance'), ('--device cuda:99', '--device'), ('--steps 0', '--steps'),
     ('--epochs many', '--epochs'), ('--data no.npz', 'no.npz is missing'), ('--resume', 'train'),
-    ('--data test_tinyflow.py', 'damaged'), ('--out README.md', 'README.md'),
+    ('--data test_tinyflow.py', 'not MNIST'), ('--out README.md', 'README.md'),
     ('--prompt 7 --model dit', 'size mismatch for first.weight'),
-    ('--prompt 7', 'train first'), ('--prompt 7 --latent', 'damaged')])
+    ('--prompt 7', 'train first'), ('--prompt 7 --latent', 'latent.pt:')])
 def test_bad_input_is_refused_in_one_line(line, message, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(HERE)
     (tmp_path / 'unet_latent.pt').write_bytes(b'PK truncated')

@@ -6,8 +6,8 @@ doubles it level by level, back to full size. The halving loses where exactly th
 connections between equal levels carry that to the decoder. With the default sizes:
 
     x (1, 32, 32) ─ first ─ (16, 32, 32) ──────────── skip ──────────── (16, 32, 32) ─ last ─ u
-                              (64, 16, 16) ────────── skip ────────── (64, 16, 16)
-                                (96, 8, 8) ────────── skip ────────── (96, 8, 8)
+                              (48, 16, 16) ────────── skip ────────── (48, 16, 16)
+                                (64, 8, 8) ────────── skip ────────── (64, 8, 8)
                                   (128, 4, 4) ─────── skip ─────── (128, 4, 4)
                                           └────── bottleneck ──────┘
 
@@ -70,7 +70,7 @@ class UNet(nn.Module):
     `widths` are the channels of each level, top to bottom.
     """
 
-    def __init__(self, shape=(1, 32, 32), widths=(16, 64, 96, 128), num_classes=10):
+    def __init__(self, shape=(1, 32, 32), widths=(16, 48, 64, 128), num_classes=10):
         super().__init__()
         self.shape = tuple(shape)
         self.null_label = num_classes
