@@ -425,7 +425,7 @@ def test_an_old_model_is_kept_and_other_settings_are_refused(run, tmp_path, caps
     ('--guidance 1 1e9', '--guidance'), ('--device cuda:99', '--device'), ('--steps 0', '--steps'),
     ('--epochs many', '--epochs'), ('--data no.npz', 'no.npz is missing'), ('--resume', 'train'),
     ('--data test_tinyflow.py', 'not MNIST'), ('--out README.md', 'README.md'),
-    ('--prompt 7 --model dit', 'size mismatch for first.weight'),
+    ('--prompt 7 --model dit', 'size mismatch for position'),
     ('--prompt 7', 'train first'), ('--prompt 7 --latent', 'latent.pt:')])
 def test_bad_input_is_refused_in_one_line(line, message, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(HERE)
