@@ -96,17 +96,16 @@ def save_png(path, pixels):
         check = zlib.crc32(tag + data).to_bytes(4, 'big')
         return len(data).to_bytes(4, 'big') + tag + data + check   # by the standard
 
-    H, W = pixels.shape
-    size = W.to_bytes(4, 'big') + H.to_bytes(4, 'big')
+    H, W = [side.to_bytes(4, 'big') for side in pixels.shape]
     rows = np.pad(np.asarray(pixels), ((0, 0), (1, 0)))    # 0 before a row: no filter
-    png = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', size + bytes([8, 0, 0, 0, 0]))  # 8 bits, grey
+    png = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', W + H + bytes([8, 0, 0, 0, 0]))  # 8 bits, grey
     png += chunk(b'IDAT', zlib.compress(rows.tobytes())) + chunk(b'IEND', b'')
     attempt(f'cannot write {path}', np.frombuffer(png, np.uint8).tofile, path)
 
 
 def save_picture(path, x, columns):
     """Save images x (N, 1, H, W) in [-1, 1] as a grid, each pixel as a 3x3 square."""
-    print(f'writing {path}'.ljust(70), flush=True)         # over show_progress's line
+    print(f'writing {path}', flush=True)                   # at once, also to a file
     pixels = image_grid(to_pixels(x).cpu(), columns)       # uint8 (rows·H, columns·W)
     save_png(path, pixels.repeat_interleave(3, dim=0).repeat_interleave(3, dim=1))
 
@@ -210,6 +209,7 @@ def finish_epoch(state, average, data, vae, args):
 
 def draw(model, vae, digits, w, args):
     """Algorithm 1 at scale w; unlike `sample` it keeps every X_t, as a list of images."""
+    print(f'drawing {len(digits)} digits at w = {w:g}', flush=True)
     torch.manual_seed(args.seed)                           # the same noise for each w
     noise = torch.randn(len(digits), *model.shape, device=args.device)     # X_0
     y = torch.tensor(digits, device=args.device)           # (B,)
