@@ -60,7 +60,7 @@ def attempt(what, function, *args, **options):
 # ---- Data, pictures, checkpoints -----------------------------------------------------------
 
 def load_mnist(path):
-    """[x_train, y_train, x_test, y_test] of a file like data/mnist.npz, or an error.
+    """(x_train, y_train, x_test, y_test) of a file like data/mnist.npz, or an error.
 
     x: uint8 (N, 1, 32, 32), the 28x28 digits with a border of 2; y: int64 (N,), 0 … 9.
     """
@@ -71,7 +71,7 @@ def load_mnist(path):
         require(len(y) > 0 and np.isin(y, range(10)).all(), 'labels must be 0 … 9')
         x = np.pad(x[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))   # (N, 1, 32, 32)
         data += [torch.from_numpy(x).contiguous(), torch.from_numpy(y.astype(np.int64))]
-    return data
+    return tuple(data)
 
 
 def to_model(x):
