@@ -35,7 +35,7 @@ RUNS = {
     'unet_latent': dict(build=lambda: UNet((4, 8, 8), (64, 128)), epochs=4, batch_size=64, lr=2e-3),
     'dit_latent': dict(build=lambda: DiT((4, 8, 8), patch=2, bound=math.inf),
                        epochs=4.75, batch_size=64, lr=2e-3),
-    'vae': dict(build=VAE, epochs=1.5, batch_size=32, lr=2e-3, seed=0),    # for them
+    'vae': dict(build=VAE, epochs=1.5, batch_size=32, lr=2e-3, seed=0),    # latent runs'
 }
 
 
@@ -87,7 +87,7 @@ def to_pixels(x):
 def image_grid(images, columns):
     """Images (rows·columns, 1, H, W), row by row, as a picture (rows·H, columns·W)."""
     grid = images[:, 0].unflatten(0, (-1, columns))        # (rows, columns, H, W)
-    return grid.transpose(1, 2).flatten(2).flatten(0, 1)   # first (rows, H, columns, W)
+    return grid.transpose(1, 2).flatten(2).flatten(0, 1)   # by way of (rows, H, columns, W)
 
 
 def save_png(path, pixels):
@@ -100,7 +100,8 @@ def save_png(path, pixels):
     rows = np.pad(np.asarray(pixels), ((0, 0), (1, 0)))    # 0 before a row: no filter
     png = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', W + H + bytes([8, 0, 0, 0, 0]))  # 8 bits, grey
     png += chunk(b'IDAT', zlib.compress(rows.tobytes())) + chunk(b'IEND', b'')
-    attempt(f'cannot write {path}', np.frombuffer(png, np.uint8).tofile, path)
+    attempt(f'cannot write {path}', np.frombuffer(png, np.uint8).tofile, f'{path}.tmp')
+    os.replace(f'{path}.tmp', path)                        # so it is never half a file
 
 
 def save_picture(path, x, columns):
@@ -164,7 +165,7 @@ def train(name, settings, data, args, resume=False, vae=None):
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bfloat16):
                 loss = losses_of(model, to_model(x[batch]), y[batch], vae)[0]
             optimizer.zero_grad()                          # gradients would add up
-            loss.backward()                                # the gradient
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # no batch goes too far
             optimizer.step()
             update_average(average, model, step)           # what will be drawn with
@@ -193,13 +194,13 @@ def finish_epoch(state, average, data, vae, args):
     """Say the held-out loss; add the VAE and a row of digits to `state`; draw; scale a VAE."""
     name, x, y = state['name'], to_model(data[2][:1000]), data[3][:1000]   # not trained on
     torch.manual_seed(0)                                   # always the same t, ε and ∅
-    held_out = losses_of(average, x, y, vae)                 # average learns no gradient
+    held_out = losses_of(average, x, y, vae)               # average is frozen: no gradient
     require(held_out[0].isfinite(), f'the held-out loss is {held_out[0]}: try a lower --lr')
     print(f'{name}: epoch {state["epoch"]} done, held-out loss {held_out[0]:.4f}'.ljust(70))
     state['vae'] = None if vae is None else vae.state_dict()       # to draw with NAME.pt
     if name == 'vae':
         print(f'reconstruction error {held_out[1]:.4f}, KL {held_out[2]:.1f} nats an image')
-        average.latent_scale.mul_(average.to_latent(x).std())      # z was over the old scale
+        average.latent_scale.mul_(average.to_latent(x).std())      # to_latent has the old scale
         back = average.to_image(average.to_latent(x[:10]))         # (10, 1, 32, 32)
         save_picture(f'{args.out}/vae.png', torch.cat([x[:10], back]), columns=len(back))
     else:
@@ -241,7 +242,6 @@ def read_digits(model, vae, x, y):
 
 def parse(argv):
     """The options, with the defaults of the run filled in. UserError if one makes no sense."""
-    mnist = os.path.join(os.path.dirname(__file__), 'data', 'mnist.npz')   # from any folder
     best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.mps.is_available() else 'cpu'
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error = lambda message: require(False, message)         # not the whole usage
@@ -256,7 +256,7 @@ def parse(argv):
     add('--prompt', metavar='DIGITS', help='draw these digits; no training')
     add('--seed', type=int, default=0, help='the same seed, the same files, default: 0')
     add('--device', default=best, help=f'cuda, mps or cpu, default here: {best}')
-    add('--data', default=mnist, help='the digits, default: %(default)s')
+    add('--data', default=f'{os.path.dirname(__file__)}/data/mnist.npz', help='default %(default)s')
     add('--out', default='out', help='folder to write to, default: out')
     add('--resume', action='store_true', help='go on after the last epoch that was saved')
     args = parser.parse_args(argv)
@@ -311,7 +311,7 @@ def main(argv=None):
         print(f'train_mnist.py: {error}'.ljust(70), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print('stopped; --resume goes on from the last saved epoch'.ljust(70), file=sys.stderr)
+        print('\nstopped; --resume goes on from the last saved epoch, if any', file=sys.stderr)
         return 130                                         # a shell's, for Ctrl-C
 
 
