@@ -1,19 +1,29 @@
-"""tinyflow: handwritten digits on request, a lecture on flow matching as code.
+"""Draw handwritten digits on request: flow matching and guidance, from the data to pictures.
 
-    python train_mnist.py                    the U-Net on 32x32 pixels (section 2.1)
-    python train_mnist.py --model dit        the DiT, a transformer, instead (2.2)
-    python train_mnist.py --latent           a VAE, then the flow in its latents (2.3)
-    python train_mnist.py --prompt 314       draw these digits with what was trained
+    python train_mnist.py                    the U-Net, on 32x32 pixels (section 2.1)
+    python train_mnist.py --model dit        the DiT instead (section 2.2)
+    python train_mnist.py --latent           a VAE first, then the flow on its latents (section 2.3)
+    python train_mnist.py --prompt 314       no training: draw these digits with the trained U-Net
 
-The lecture in short. A flow carries noise X_0 ~ N(0, I) along dX_t = u_t(X_t|y) dt to
-an image X_1 of the digit y. A network u_t^θ(x, y) learns the field by regression: mix
-an image z and noise ε to x = t z + (1-t) ε, and ask for z - ε (1.1). One label in ten
-becomes ∅, "no label", so that it also learns the field of digits in general; guidance,
-u(x, ∅) + w (u(x, y) - u(x, ∅)) with w above 1, turns up what the label adds (1.2).
+The lecture in short. A flow carries noise X_0 ~ N(0, I) along dX_t = u_t(X_t|y) dt to an image X_1
+of the digit y. A network learns the velocity u_t by regression. It is shown x = t z + (1-t) noise,
+a mixture of an image z and noise, and is asked for z - noise (section 1.1). One label in ten is
+hidden from it, so that it also learns u_t(x), the velocity for any digit. Guidance draws with
+u_t(x) + w (u_t(x|y) - u_t(x)). A scale w above 1 exaggerates what the label adds (section 1.2).
+
+A run writes these files into out/, where NAME is unet, dit, unet_latent or dit_latent:
+
+    NAME.pt              the checkpoint, after every epoch (NAME_before.pt: that of an earlier run)
+    NAME_epochs.png      the ten digits at w = 2, a row for each epoch
+    NAME_guidance.png    figure 2 of the notes, with digits: a row for each guidance scale w
+    NAME_path.png        X_t from noise to digit: a row for each digit, a column for each time
+    NAME_vae.png         with --latent: test digits above their reconstructions by the VAE
+    NAME_prompt.png      with --prompt: the digits asked for, a row for each w
 """
-import copy
+import contextlib
 import math
 import os
+import struct
 import sys
 import time
 import zlib
@@ -22,299 +32,350 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 import numpy as np
 import torch
 
-from dit import DiT                                        # section 2.2
-from tinyflow import cfm_loss, classify, euler, guided_velocity, update_average  # section 1
-from unet import UNet                                      # section 2.1
-from vae import VAE, vae_loss                              # section 2.3
+from dit import DiT                                                 # section 2.2
+from tinyflow import cfm_loss, classify, euler, guided_velocity, sample     # section 1
+from unet import UNet                                               # section 2.1
+from vae import VAE, reparameterize, vae_loss                       # section 2.3
 
-# How each network is built and trained: passes over the data, images a step, peak of
-# the learning rate. A latent run's data points are (4, 8, 8) numbers without a bound.
+# The four runs: a network, and how often it sees all images. A latent is like an image of 8x8
+# pixels with 4 channels. Two levels of the U-Net are enough for it, and as an epoch is cheap, it
+# has more.
 RUNS = {
-    'unet': dict(build=UNet, epochs=3, batch_size=64, lr=2e-3),            # on pixels
-    'dit': dict(build=DiT, epochs=2.5, batch_size=32, lr=2e-3),            # on pixels
-    'unet_latent': dict(build=lambda: UNet((4, 8, 8), (64, 128)), epochs=4, batch_size=64, lr=2e-3),
-    'dit_latent': dict(build=lambda: DiT((4, 8, 8), patch=2, bound=math.inf),
-                       epochs=4.75, batch_size=64, lr=2e-3),
-    'vae': dict(build=VAE, epochs=1.5, batch_size=32, lr=2e-3, seed=0),    # latent runs'
+    'unet': dict(build=UNet, epochs=3),                             # 1.3 million parameters
+    'dit': dict(build=DiT, epochs=3),                               # 1.9 million
+    'unet_latent': dict(build=lambda: UNet((4, 8, 8), widths=(64, 128)), epochs=5),
+    'dit_latent': dict(build=lambda: DiT((4, 8, 8), patch=2), epochs=6),
 }
 
+# ---- Training the flow -------------------------------------------------------------------------
+def train(name, model, vae, data, settings, steps, stem, checkpoint):
+    """Train the flow `model`. Save and draw after every epoch. (`main` makes all the arguments.)"""
+    x_train, y_train, x_test, y_test = data                         # on the device
+    model.to(memory_format=torch.channels_last)                     # makes convolutions faster
+    # With 0.99, AdamW forgets old gradient sizes after about 100 steps, which suits so short a run.
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))
+    losses, held_out, rows = [], [], []                             # see save_checkpoint
+    if checkpoint is not None:                                      # with --resume
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        losses, held_out = checkpoint['losses'], checkpoint['held_out']
+        rows, settings = checkpoint['rows'], checkpoint['settings']
+    size = sum(parameter.numel() for parameter in model.parameters())
+    dtype = 'bfloat16' if has_bfloat16(x_train.device) else 'float32'
+    print(f'{stem}.pt: {size} parameters, {dtype} on {x_train.device}, {len(held_out)} epochs done')
 
-class UserError(Exception):
-    """A mistake on the command line or in a file: `main` prints it in one line."""
+    for epoch in range(len(held_out) + 1, settings['epochs'] + 1):
+        model.train()                                               # matters with Dropout
+        losses += train_epoch(model, vae, optimizer, x_train, y_train, settings, epoch)
+        model.eval()
 
+        # The held-out loss is that of images which are never trained on. It is measured with the
+        # same random numbers after every epoch of every run, so that all can be compared.
+        torch.manual_seed(0)
+        with torch.no_grad():
+            loss = cfm_loss(model, encode(vae, to_model(x_test[:1000])), y_test[:1000])
+        held_out.append(finite(loss, 'try a lower --lr'))
+        print(f'epoch {epoch} of {settings["epochs"]} done, held-out loss {held_out[-1]:.4f}')
 
-def require(condition, message):
-    """UserError(message) unless the condition holds."""
-    if not condition:
-        raise UserError(message)
+        ten = torch.arange(10, device=x_train.device)               # 0 … 9
+        rows.append(draw(model, vae, ten, 2.0, steps, settings['seed']))    # w = 2
+        save_picture(f'{stem}_epochs.png', torch.cat(rows), columns=10)
+        save_checkpoint(stem, name, model, vae, optimizer, settings, losses, held_out, rows)
 
+def train_epoch(model, vae, optimizer, x, y, settings, epoch):
+    """One pass over the images x (N, 1, 32, 32) uint8 and digits y (N,): the list of all losses."""
+    # The random numbers depend on (seed, epoch) alone, so that a resumed run gets the same ones.
+    torch.manual_seed(1_000_000 * settings['seed'] + epoch)
+    batches = torch.randperm(len(x), device=x.device).split(settings['batch_size'])  # of indices
+    total = settings['epochs'] * len(batches)                       # of the run
+    losses = []
+    start = time.perf_counter()                                     # in seconds
 
-def attempt(what, function, *args, **options):
-    """What the function returns; if it fails, UserError: what failed, and why."""
-    try:
-        return function(*args, **options)
-    except Exception as error:
-        raise UserError(f'{what}: {" ".join(str(error).split())[:300]}') from error
+    for i, batch in enumerate(batches):
+        # Section 1.1: data (z, y) ~ p_data. In a latent run z is a latent of the image (2.3).
+        z = encode(vae, to_model(x[batch]))                         # (B, C, H, W)
 
+        # Sections 1.1 and 1.2.2: the loss, with ∅ in the place of one label in ten. Autocast
+        # computes large products in bfloat16, if the device has it. The weights stay float32.
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=has_bfloat16(x.device)):
+            loss = cfm_loss(model, z, y[batch])
 
-# ---- Data, pictures, checkpoints -----------------------------------------------------------
+        # A step of AdamW, down the gradient of this loss.
+        step = (epoch - 1) * len(batches) + i                       # 0, 1, 2, …
+        descend(loss, model, optimizer, learning_rate(step, total, settings['lr']))
 
-def load_mnist(path):
-    """(x_train, y_train, x_test, y_test) of a file like data/mnist.npz, or an error.
+        # The loss is not read in every step, because the program would have to wait for the GPU.
+        losses.append(loss.detach())
+        if i % 50 == 0:
+            recent = finite(torch.stack(losses[-50:]).mean(), 'try a lower --lr')
+            seconds = (time.perf_counter() - start) / (i + 1)       # for a step
+            print(f'step {step} of {total}, loss {recent:.4f}, {len(batch) / seconds:.0f} img/s, '
+                  f'{seconds * (total - step) / 60:.1f} min left', flush=True)
+    return torch.stack(losses).tolist()                             # plain numbers
 
-    x: uint8 (N, 1, 32, 32), the 28x28 digits with a border of 2; y: int64 (N,), 0 … 9.
+def descend(loss, model, optimizer, rate):
+    """One step of the optimizer at the learning rate `rate`."""
+    optimizer.zero_grad()
+    loss.backward()
+    # A gradient longer than 1 is cut to length 1. In the first steps nearly all are longer.
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.param_groups[0]['lr'] = rate                          # instead of a scheduler
+    optimizer.step()
+
+def learning_rate(step, total, peak):
+    """The learning rate rises in the first twentieth of all steps, nearly to its peak, then falls.
+
+    AdamW divides a step by the size of past gradients. At first it knows few, so steps are small.
+    The gradient of a batch is noisy, and the small steps at the end average the noise out.
     """
-    file, data = np.load(path, allow_pickle=False), []     # arrays, never code
-    for part in ('train', 'test'):
-        x, y = file[f'x_{part}'], file[f'y_{part}']        # (N, 28, 28), (N,)
-        require(x.dtype == np.uint8 and x.shape == (*y.shape, 28, 28), 'not a 28x28 uint8 a label')
-        require(len(y) > 0 and np.isin(y, range(10)).all(), 'labels must be 0 … 9')
-        x = np.pad(x[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))   # (N, 1, 32, 32)
-        data += [torch.from_numpy(x).contiguous(), torch.from_numpy(y.astype(np.int64))]
-    return tuple(data)
+    rise = min(1, (step + 1) / (0.05 * total))                      # 0 to 1
+    fall = (1 + math.cos(math.pi * step / total)) / 2               # half a cosine
+    return peak * rise * fall
 
+def has_bfloat16(device):
+    """Whether the device itself computes in bfloat16: half the bits of float32, enough to train."""
+    if device.type == 'cpu':
+        return torch.cpu.get_capabilities().get('avx512_bf16', False)
+    return device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
 
-def to_model(x):
-    """Pixels, uint8 0 … 255, as floats in [-1, 1], which is what a network sees."""
-    return x.float() / 127.5 - 1
+def finite(loss, advice):
+    """The loss as a number. One that is not finite ends the run, and the last checkpoint stays."""
+    if not loss.isfinite():
+        sys.exit(f'the loss is {loss:g}, so the training has stopped: {advice}')
+    return loss.item()
 
+# ---- The VAE (section 2.3) ---------------------------------------------------------------------
+def train_vae(data, seed, path, epochs=2, batch_size=32, lr=2e-3, beta=1e-3):
+    """Train a VAE, with settings of its own, and freeze it. Draw some of its reconstructions."""
+    x, x_test = data[0], to_model(data[2][:10])                     # uint8, and [-1, 1]
+    torch.manual_seed(seed)
+    vae = VAE().to(x.device)                                        # E and D
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99))      # as in train
+    order = torch.cat([torch.randperm(len(x), device=x.device) for _ in range(epochs)])
+    batches = order.split(batch_size)                               # of all epochs
 
-def to_pixels(x):
-    """Floats as uint8: the inverse of to_model; what is outside [-1, 1] is clamped."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    for step, batch in enumerate(batches):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=has_bfloat16(x.device)):
+            loss, error, kl = vae_loss(vae, to_model(x[batch]), beta)
+        descend(loss, vae, optimizer, learning_rate(step, len(batches), lr))
+        if step % 200 == 0:
+            finite(loss, 'try a lower lr in train_vae')
+            print(f'VAE, step {step} of {len(batches)}: error {error:.4f}, KL {kl:.0f}', flush=True)
+    vae.eval().requires_grad_(False)                                # frozen
+    pairs = torch.cat([x_test, decode(vae, encode(vae, x_test))])   # (20, 1, 32, 32)
+    save_picture(path, to_pixels(pairs), columns=len(x_test))
+    return vae
 
+def encode(vae, x):
+    """The flow's data points z: the images x themselves or, if there is a VAE, draws z ~ q(z|x)."""
+    return x if vae is None else reparameterize(*vae.encode(x))
 
-def image_grid(images, columns):
-    """Images (rows·columns, 1, H, W), row by row, as a picture (rows·H, columns·W)."""
-    grid = images[:, 0].unflatten(0, (-1, columns))        # (rows, columns, H, W)
-    return grid.transpose(1, 2).flatten(2).flatten(0, 1)   # by way of (rows, H, columns, W)
+def decode(vae, z):
+    """The images of the flow's samples z: z itself or, if there is a VAE, D(z)."""
+    return z if vae is None else vae.decode(z)
 
+# ---- Drawing -----------------------------------------------------------------------------------
+def draw(model, vae, y, w, steps, seed):
+    """Algorithm 1: an image for each digit of y (B,), together (B, 1, 32, 32) uint8."""
+    torch.manual_seed(seed)                                         # always the same noise
+    return to_pixels(decode(vae, sample(model, y, w, steps)))
 
-def save_png(path, pixels):
-    """Write pixels (H, W) uint8 as a grey PNG file: a signature, then three chunks."""
-    def chunk(tag, data):
-        check = zlib.crc32(tag + data).to_bytes(4, 'big')
-        return len(data).to_bytes(4, 'big') + tag + data + check   # by the standard
+def draw_guidance(path, model, vae, y, scales, steps, seed):
+    """Figure 2 of the notes: a row for each guidance scale w, a column for each digit of y (B,)."""
+    save_picture(path, torch.cat([draw(model, vae, y, w, steps, seed) for w in scales]), len(y))
 
-    H, W = [side.to_bytes(4, 'big') for side in pixels.shape]
-    rows = np.pad(np.asarray(pixels), ((0, 0), (1, 0)))    # 0 before a row: no filter
-    png = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', W + H + bytes([8, 0, 0, 0, 0]))  # 8 bits, grey
-    png += chunk(b'IDAT', zlib.compress(rows.tobytes())) + chunk(b'IEND', b'')
-    attempt(f'cannot write {path}', np.frombuffer(png, np.uint8).tofile, f'{path}.tmp')
-    os.replace(f'{path}.tmp', path)                        # so it is never half a file
+def draw_path(file, model, vae, y, steps, seed):
+    """X_t from noise to digit at w = 2: a row for each digit of y (B,), columns for nine times."""
+    torch.manual_seed(seed)
+    noise = torch.randn(len(y), *model.shape, device=y.device)      # X_0
+    states = euler(lambda x, t: guided_velocity(model, x, t, y, w=2.0), noise, steps)
+    nine = [to_pixels(decode(vae, states[k * steps // 8])) for k in range(9)]   # t = k/8, about
+    save_picture(file, torch.stack(nine, dim=1).flatten(0, 1), columns=9)       # (9·B, 1, 32, 32)
 
+# ---- Checkpoints -------------------------------------------------------------------------------
+def save_checkpoint(stem, name, model, vae, optimizer, settings, losses, held_out, rows):
+    """Write what drawing, --resume and a plot of the losses need. An earlier run's file is kept."""
+    checkpoint = dict(
+        name=name,                                                  # a key of RUNS
+        settings=settings,                                          # epochs, batch_size, lr, seed
+        model=model.state_dict(),
+        vae=None if vae is None else vae.state_dict(),
+        optimizer=optimizer.state_dict(),
+        losses=losses,                                              # one for each step
+        held_out=held_out,                                          # one for each epoch
+        rows=rows,                                                  # of NAME_epochs.png
+    )
+    # The file is written under another name, then moved, so it is never found half written.
+    with exit_if_it_fails(f'cannot write {stem}.pt'):
+        torch.save(checkpoint, f'{stem}.tmp')
+        if len(held_out) == 1 and os.path.exists(f'{stem}.pt'):     # an earlier run's
+            os.replace(f'{stem}.pt', f'{stem}_before.pt')
+        os.replace(f'{stem}.tmp', f'{stem}.pt')
 
-def save_picture(path, x, columns):
-    """Save images x (N, 1, H, W) in [-1, 1] as a grid, each pixel as a 3x3 square."""
-    print(f'writing {path}', flush=True)                   # at once, also to a file
-    pixels = image_grid(to_pixels(x).cpu(), columns)       # uint8 (rows·H, columns·W)
-    save_png(path, pixels.repeat_interleave(3, dim=0).repeat_interleave(3, dim=1))
+def read_checkpoint(path, settings=None):
+    """The dictionary that save_checkpoint wrote. To go on with it, `settings` must be the same."""
+    if not os.path.exists(path):
+        sys.exit(f'{path} is missing: train first, or check --model, --latent and --out')
+    with exit_if_it_fails(f'{path} is damaged, or not a checkpoint'):
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)    # runs no code
+        old = checkpoint['settings'].items()
+    if settings is not None and settings.items() != old:
+        before, now = dict(old - settings.items()), dict(settings.items() - old)
+        sys.exit(f'--resume: {path} was trained with {before}, but this run has {now}')
+    return checkpoint
 
-
-def load_checkpoint(path, device, name=None):
-    """(model, vae or None) of a checkpoint, to draw with, or an error; name: its own if None."""
-    state = torch.load(path, map_location=device, weights_only=True)       # never code
-    model = RUNS[name or state['name']]['build']().to(device).eval()
-    model.load_state_dict(state['average'])                # says what does not fit
-    if state['vae'] is None:                               # on pixels, or a VAE
-        return model, None
-    vae = VAE().to(device).eval().requires_grad_(False)    # only used, never trained
-    vae.load_state_dict(state['vae'])
+def load_checkpoint(path, device):
+    """(model, vae or None) of a checkpoint, ready to draw with."""
+    checkpoint = read_checkpoint(path)
+    model = RUNS[checkpoint['name']]['build']().to(device).eval()
+    vae = None if checkpoint['vae'] is None else VAE().to(device).eval().requires_grad_(False)
+    with exit_if_it_fails(f'{path}: the network in the code is not the one in the file'):
+        model.load_state_dict(checkpoint['model'])
+        if vae is not None:
+            vae.load_state_dict(checkpoint['vae'])
     return model, vae
 
+@contextlib.contextmanager
+def exit_if_it_fails(message):
+    """For `with`: if the block raises an error, end the program with the message and the reason."""
+    try:
+        yield
+    except Exception as error:
+        sys.exit(f'{message} ({type(error).__name__}: {" ".join(str(error).split())[:200]})')
 
-# ---- Training and drawing ------------------------------------------------------------------
+# ---- Data and pictures -------------------------------------------------------------------------
+def load_mnist(path):
+    """(x_train, y_train, x_test, y_test) of a file like data/mnist.npz.
 
-def losses_of(model, x, y, vae):
-    """(loss, reconstruction error, KL) of a VAE, or (loss,) of a flow; images x, digits y."""
-    if isinstance(model, VAE):
-        return vae_loss(model, x, beta=1e-3)
-    z = x if vae is None else vae.to_latent(x)             # the flow's data points
-    return (cfm_loss(model, z, y),)
-
-
-def train(name, settings, data, args, resume=False, vae=None):
-    """Train the network of RUNS[name], from its checkpoint on if `resume`; returns the average.
-
-    settings: of RUNS, with seed and data checksum. vae: a latent flow's. UserError if it diverges.
+    x is uint8 (N, 1, 32, 32) and y int64 (N,), 0 to 9. As in Lab Three, the 28x28 digits get a
+    border of two pixels, because 32 can be halved again and again.
     """
-    path, x, y = f'{args.out}/{name}.pt', data[0], data[1]      # (N, 1, 32, 32), (N,)
-    total = max(1, round(settings['epochs'] * math.ceil(len(x) / settings['batch_size'])))
-    torch.manual_seed(settings['seed'])                    # for the first weights
-    model = RUNS[name]['build']().to(args.device)          # u_t^θ, or the VAE
-    average = copy.deepcopy(model).eval().requires_grad_(False)    # see update_average
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))   # the rate: below
-    parts = dict(weights=model, average=average, optimizer=optimizer)
-    state = dict(name=name, settings=settings, epoch=0, losses=[], digits=[])
-    if resume:
-        state = attempt(f'cannot load {path}', torch.load, path, 'cpu', weights_only=True)
-        before = state.get('settings')
-        require(before == settings, f'{path} is of {before}, not {settings}: give those, or --out')
-        for key, part in parts.items():                    # as after its last epoch
-            attempt(f'cannot load {path}', part.load_state_dict, state[key])
-    while len(state['losses']) < total:                    # `total` steps, a loss each
-        state['epoch'] += 1                                # 1, 2, …
-        torch.manual_seed(1_000_000 * settings['seed'] + state['epoch'])   # the same if resumed
-        batches = torch.randperm(len(x), device=args.device).split(settings['batch_size'])
-        losses, start = [], time.perf_counter()            # of this epoch
-        for batch in batches[:total - len(state['losses'])]:       # the last epoch may be a part
-            step = len(state['losses']) + len(losses)      # 0, 1, …
-            rise = min(1, 20 * (step + 1) / total)         # to 1 in the first 5 % of the steps
-            fall = (1 + math.cos(math.pi * step / total)) / 2      # half a cosine, from 1 to 0
-            optimizer.param_groups[0]['lr'] = settings['lr'] * rise * fall
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bfloat16):
-                loss = losses_of(model, to_model(x[batch]), y[batch], vae)[0]
-            optimizer.zero_grad()                          # gradients would add up
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # no batch goes too far
-            optimizer.step()
-            update_average(average, model, step)           # what will be drawn with
-            losses.append(loss.detach())                   # .item() would wait for a GPU
-            if len(losses) % 25 == 1:                      # at 1, 26, 51, …
-                show_progress(name, settings, losses, step, total, time.perf_counter() - start)
-        state['losses'] += torch.stack(losses).tolist()    # numbers, for a loss curve
-        finish_epoch(state, average, data, vae, args)
-        state.update({key: part.state_dict() for key, part in parts.items()})
-        attempt(f'cannot write {path}', torch.save, state, f'{path}.tmp')
-        os.replace(f'{path}.tmp', path)                    # so it is never half a file
-    return average
+    with exit_if_it_fails(f'{path} is missing, damaged, or lacks an array of data/mnist.npz'):
+        with np.load(path, allow_pickle=False) as file:             # runs no code
+            arrays = {key: file[key] for key in ('x_train', 'y_train', 'x_test', 'y_test')}
 
+    data = []                                                       # of four tensors
+    for part in ('train', 'test'):
+        x, y = arrays[f'x_{part}'], arrays[f'y_{part}']             # (N, 28, 28), (N,)
+        if x.dtype != np.uint8 or x.shape[1:] != (28, 28) or len(x) == 0:
+            sys.exit(f'{path}: x_{part} is {x.shape} {x.dtype}; needed: (N, 28, 28) uint8')
+        if y.shape != x.shape[:1] or not np.isin(y, range(10)).all():
+            sys.exit(f'{path}: y_{part} is {y.shape} {y.dtype}; needed: ({len(x)},), from 0 to 9')
+        x = np.pad(x[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))    # (N, 1, 32, 32)
+        data += [torch.from_numpy(x), torch.from_numpy(y.astype(np.int64))]
+    return tuple(data)
 
-def show_progress(name, settings, losses, step, total, seconds):
-    """Say how far it is after this epoch's `losses`; a terminal rewrites the line."""
-    loss = torch.stack(losses[-25:]).mean()                # one alone jumps
-    require(loss.isfinite(), f'the loss is {loss} at step {step}: try a lower --lr')
-    epochs, pace = settings['epochs'], seconds / len(losses)       # seconds a step
-    line = f'{name}: epoch {epochs * step / total:.2f}/{epochs:g}, loss {loss:.3f}, '
-    line += f'{settings["batch_size"] / pace:.0f} img/s, {pace * (total - step) / 60:.1f} min left'
-    print(line.ljust(70), end='\r' if sys.stdout.isatty() else '\n', flush=True)
+def to_model(x):
+    """Pixels, uint8 0 … 255, as floats in [-1, 1]."""
+    return x.float() / 127.5 - 1
 
+def to_pixels(x):
+    """The inverse of to_model, on the CPU. What is outside [-1, 1] is clamped."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
-def finish_epoch(state, average, data, vae, args):
-    """Say the held-out loss; add the VAE and a row of digits to `state`; draw; scale a VAE."""
-    name, x, y = state['name'], to_model(data[2][:1000]), data[3][:1000]   # not trained on
-    torch.manual_seed(0)                                   # always the same t, ε and ∅
-    held_out = losses_of(average, x, y, vae)               # average is frozen: no gradient
-    require(held_out[0].isfinite(), f'the held-out loss is {held_out[0]}: try a lower --lr')
-    print(f'{name}: epoch {state["epoch"]} done, held-out loss {held_out[0]:.4f}'.ljust(70))
-    state['vae'] = None if vae is None else vae.state_dict()       # to draw with NAME.pt
-    if name == 'vae':
-        print(f'reconstruction error {held_out[1]:.4f}, KL {held_out[2]:.1f} nats an image')
-        average.latent_scale.mul_(average.to_latent(x).std())      # to_latent has the old scale
-        back = average.to_image(average.to_latent(x[:10]))         # (10, 1, 32, 32)
-        save_picture(f'{args.out}/vae.png', torch.cat([x[:10], back]), columns=len(back))
-    else:
-        state['digits'].append(draw(average, vae, range(10), 2.0, args)[-1])
-        save_picture(f'{args.out}/{name}_epochs.png', torch.cat(state['digits']), columns=10)
+def image_grid(images, columns):
+    """Grey images (N, 1, h, w) uint8, row by row, as one picture (rows·h, columns·w)."""
+    N, C, h, w = images.shape
+    assert C == 1, f'only grey images, with one channel, can be drawn, not {C} channels'
+    assert N % columns == 0, f'{N} images do not fill rows of {columns}'
+    grid = images.reshape(-1, columns, h, w).transpose(1, 2)        # (rows, h, columns, w)
+    return grid.reshape(-1, columns * w)                            # (rows·h, columns·w)
 
+def save_picture(path, images, columns):
+    """Save images (N, 1, h, w) uint8 as a grid, three times as large."""
+    print(f'writing {path}', flush=True)
+    save_png(path, image_grid(images, columns).repeat_interleave(3, 0).repeat_interleave(3, 1))
 
-def draw(model, vae, digits, w, args):
-    """Algorithm 1 at scale w; unlike `sample` it keeps every X_t, as a list of images."""
-    print(f'drawing {len(digits)} digits at w = {w:g}', flush=True)
-    torch.manual_seed(args.seed)                           # the same noise for each w
-    noise = torch.randn(len(digits), *model.shape, device=args.device)     # X_0
-    y = torch.tensor(digits, device=args.device)           # (B,)
-    states = euler(lambda x, t: guided_velocity(model, x, t, y, w), noise, args.steps)
-    return [(x if vae is None else vae.to_image(x)).cpu() for x in states]
+def save_png(path, pixels):
+    """Write pixels (H, W), uint8, as a grey PNG file, without any library for pictures."""
 
+    def chunk(kind, content):
+        check = struct.pack('>I', zlib.crc32(kind + content))
+        return struct.pack('>I', len(content)) + kind + content + check     # length first
 
-def draw_guidance(path, model, vae, digits, args):
-    """The notes' figure 2: a row for each guidance scale w, a column for each digit."""
-    rows = [draw(model, vae, digits, w, args)[-1] for w in args.guidance]  # X_1 of each
-    save_picture(path, torch.cat(rows), columns=len(digits))
+    H, W = pixels.shape
+    header = struct.pack('>IIBBBBB', W, H, 8, 0, 0, 0, 0)           # 8 bits, grey
+    rows = np.pad(np.asarray(pixels), ((0, 0), (1, 0))).tobytes()   # no filter: 0
+    png = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
+    png += chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+    with exit_if_it_fails(f'cannot write {path}'):
+        np.frombuffer(png, np.uint8).tofile(f'{path}.tmp')          # just the bytes
+        os.replace(f'{path}.tmp', path)
 
-
-def draw_path(file, model, vae, args):
-    """X_t from noise to digit at w = 2: a row for each digit, nine times t from 0 to 1."""
-    images = draw(model, vae, range(10), 2.0, args)
-    nine = [images[round(k * args.steps / 8)] for k in range(9)]   # 9 × (10, 1, 32, 32)
-    save_picture(file, torch.stack(nine, dim=1).flatten(0, 1), columns=9)
-
-
-def read_digits(model, vae, x, y):
-    """Say how many of the images x, digits y, the flow as a classifier reads right."""
-    print(f'reading {len(x)} test digits', flush=True)
-    right = (classify(model, x if vae is None else vae.to_latent(x), draws=4) == y).sum()
-    print(f'as a classifier, the flow reads {right} of {len(x)} test digits right')
-
-
-# ---- The command line ----------------------------------------------------------------------
-
+# ---- The command line --------------------------------------------------------------------------
 def parse(argv):
-    """The options, with the defaults of the run filled in. UserError if one makes no sense."""
-    best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.mps.is_available() else 'cpu'
+    """(parser, options). Options that make no sense end the program with a usage message."""
+    device = str(torch.accelerator.current_accelerator(check_available=True) or 'cpu')
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.error = lambda message: require(False, message)         # not the whole usage
-    add = parser.add_argument
-    add('--model', choices=('unet', 'dit'), default='unet', help='default: unet')
-    add('--latent', action='store_true', help='its VAE heeds only --data, --out, --device')
-    for key, kind in (('epochs', float), ('batch_size', int), ('lr', float)):
-        default = ', '.join(f'{name} {RUNS[name][key]}' for name in RUNS if name != 'vae')
-        add('--' + key.replace('_', '-'), type=kind, help=f'default: {default}')
-    add('--guidance', type=float, nargs='+', default=[0, 1, 2, 4], help='scales w, default 0 1 2 4')
-    add('--steps', type=int, default=50, help='Euler steps of a drawing, default: 50')
-    add('--prompt', metavar='DIGITS', help='draw these digits; no training')
-    add('--seed', type=int, default=0, help='the same seed, the same files, default: 0')
-    add('--device', default=best, help=f'cuda, mps or cpu, default here: {best}')
-    add('--data', default=f'{os.path.dirname(__file__)}/data/mnist.npz', help='default %(default)s')
-    add('--out', default='out', help='folder to write to, default: out')
-    add('--resume', action='store_true', help='go on after the last epoch that was saved')
-    args = parser.parse_args(argv)
-    args.name = args.model + ('_latent' if args.latent else '')    # a key of RUNS
-    for key in ('epochs', 'batch_size', 'lr', 'steps'):
-        if vars(args)[key] is None:                        # not given: that of the run
-            setattr(args, key, RUNS[args.name][key])
-        require(0 < vars(args)[key] < 1e6, f'--{key}: above 0, below 1e6'.replace('_', '-'))
-    require(all(abs(n) < 1e6 for n in (*args.guidance, args.seed)), '--guidance, --seed: up to 1e6')
-    require(args.prompt is None or args.prompt.isdecimal(), '--prompt takes digits')
-    return args
+    option = parser.add_argument
+    option('--model', choices=['unet', 'dit'], default='unet', help='default: unet')
+    option('--latent', action='store_true', help='train a VAE first, then the flow on its latents')
+    option('--epochs', type=int, help='default: 3; with --latent 5 (unet) or 6 (dit)')
+    option('--batch-size', type=int, default=64, help='images in a step; default: 64')
+    option('--lr', type=float, default=3e-3, help='peak of the learning rate; default: 0.003')
+    option('--guidance', type=float, nargs='+', default=[0, 1, 2, 4], help='w; default: 0 1 2 4')
+    option('--steps', type=int, default=50, help='Euler steps of a drawing; default: 50')
+    option('--prompt', metavar='DIGITS', help='draw these digits, without any training')
+    option('--seed', type=int, default=0, help='of weights, batches and noise; default: 0')
+    option('--device', default=device, help='default here: %(default)s')
+    option('--data', default=f'{os.path.dirname(__file__)}/data/mnist.npz', help='an .npz file')
+    option('--out', default='out', help='the folder to write to; default: out')
+    option('--resume', action='store_true', help='go on after the last epoch that was saved')
+    args = parser.parse_args(argv)                                  # None: those of sys.argv
 
-
-def run(args):
-    """Draw the prompt; or train, a VAE first if the flow runs in its latents, and draw."""
-    args.device = attempt('--device', torch.zeros, 1, device=args.device).device   # try it
-    args.bfloat16 = (torch.cuda.is_bf16_supported(False) if args.device.type == 'cuda' else
-                     args.device.type == 'cpu' and torch.cpu._is_avx512_bf16_supported())
-    stem, vae = f'{args.out}/{args.name}', None
-    kept, kept_vae = os.path.exists(f'{stem}.pt'), os.path.exists(f'{args.out}/vae.pt')
-    enough = kept or (args.latent and kept_vae and not args.prompt)    # --resume the VAE
-    ready = enough or not (args.prompt or args.resume)     # a new training needs no file
-    require(ready, f'no {stem}.pt: train first, or check --model, --latent, --out')
-    attempt('--out', os.makedirs, args.out, exist_ok=True)
-    require(os.access(args.out, os.W_OK), f'--out {args.out} cannot be written to')
-    if args.prompt or (args.resume and kept):              # to resume, only the VAE is used
-        model, vae = attempt(f'{stem}.pt', load_checkpoint, f'{stem}.pt', args.device, args.name)
-    if args.prompt:
-        return draw_guidance(f'{stem}_prompt.png', model, vae, [int(d) for d in args.prompt], args)
-    data = attempt(f'--data {args.data} is missing or not MNIST', load_mnist, args.data)
-    settings = dict(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed)
-    settings['data'] = zlib.crc32(data[1].numpy(), zlib.crc32(data[0].numpy()))    # checksum
-    data = [part.to(args.device) for part in data]         # all of it fits on a GPU
-    if args.latent and vae is None:
-        own = settings | {key: RUNS['vae'][key] for key in ('epochs', 'batch_size', 'lr', 'seed')}
-        vae = train('vae', own, data, args, resume=kept_vae)   # at once, if done
-    if kept and not args.resume:
-        os.replace(f'{stem}.pt', f'{stem}_before.pt')      # not lost by this run
-        print(f'{stem}.pt of before is kept as {stem}_before.pt')
-    model = train(args.name, settings, data, args, resume=args.resume and kept, vae=vae)
-    draw_guidance(f'{stem}_guidance.png', model, vae, range(10), args)
-    draw_path(f'{stem}_path.png', model, vae, args)
-    read_digits(model, vae, to_model(data[2][:100]), data[3][:100])
-
+    args.name = args.model + ('_latent' if args.latent else '')     # a key of RUNS
+    if args.epochs is None:
+        args.epochs = RUNS[args.name]['epochs']                     # the default
+    if min(args.epochs, args.batch_size, args.steps) < 1 or not 0 <= args.seed < 1e9:
+        parser.error('--epochs, --batch-size, --steps: 1 or more; --seed: from 0 to 999999999')
+    if not 0 < args.lr < math.inf or not all(math.isfinite(w) for w in args.guidance):
+        parser.error('--lr must be above 0, and --guidance finite')
+    if args.prompt is not None and not args.prompt.isdecimal():
+        parser.error(f'--prompt takes digits such as 314, not {args.prompt!r}')
+    with exit_if_it_fails(f'--device {args.device} is not on this machine'):
+        args.device = torch.zeros(1, device=args.device).device     # tries it out
+    return parser, args
 
 def main(argv=None):
-    """Run the command line; returns the exit status."""
-    try:
-        run(parse(argv))
-        return 0
-    except UserError as error:                             # all others show a traceback
-        print(f'train_mnist.py: {error}'.ljust(70), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print('\nstopped; --resume goes on from the last saved epoch, if any', file=sys.stderr)
-        return 130                                         # a shell's, for Ctrl-C
+    """Run the command line. A mistake of the user ends it with a message, by SystemExit."""
+    parser, args = parse(argv)
+    device, steps, seed, stem = args.device, args.steps, args.seed, f'{args.out}/{args.name}'
+    path = f'{stem}.pt'
+    if args.prompt:
+        model, vae = load_checkpoint(path, device)
+        y = torch.tensor([int(digit) for digit in args.prompt], device=device)  # (B,)
+        return draw_guidance(f'{stem}_prompt.png', model, vae, y, args.guidance, steps, seed)
 
+    # What can be wrong is read and checked before anything is written.
+    data = load_mnist(args.data)
+    if args.batch_size > len(data[0]):
+        parser.error(f'--batch-size must be at most {len(data[0])}, the number of images')
+    settings = dict(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=seed)
+    checkpoint = read_checkpoint(path, settings) if args.resume else None
+    with exit_if_it_fails(f'cannot write to the folder {args.out}'):
+        os.makedirs(args.out, exist_ok=True)
+        open(f'{stem}.tmp', 'wb').close()                           # tries it out
+
+    started = time.time()                                           # for Ctrl-C
+    try:
+        data = [part.to(device) for part in data]                   # small enough
+        if checkpoint is None:
+            vae = train_vae(data, seed, f'{stem}_vae.png') if args.latent else None
+            torch.manual_seed(seed)                                 # for the weights
+            model = RUNS[args.name]['build']().to(device)           # u_t^θ
+        else:
+            model, vae = load_checkpoint(path, device)
+        train(args.name, model, vae, data, settings, steps, stem, checkpoint)
+
+        ten = torch.arange(10, device=device)                       # 0 … 9
+        draw_guidance(f'{stem}_guidance.png', model, vae, ten, args.guidance, steps, seed)
+        draw_path(f'{stem}_path.png', model, vae, ten, steps, seed)
+        z, y = encode(vae, to_model(data[2][:100])), data[3][:100]
+        right = (classify(model, z, draws=4) == y).sum()
+        print(f'as a classifier, the flow reads {right} of {len(y)} test digits right')
+    except KeyboardInterrupt:
+        if args.resume or (os.path.exists(path) and os.path.getmtime(path) > started):
+            sys.exit('stopped: the same command with --resume goes on after the last saved epoch')
+        sys.exit('stopped: no epoch of this run is saved yet, so there is nothing to go on from')
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='replace')               # a ? for a θ it cannot print
-    sys.exit(main())
+    main()
