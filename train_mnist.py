@@ -57,8 +57,8 @@ def train(name, model, vae, data, settings, steps, stem, checkpoint):
     losses, held_out, rows = [], [], []                             # see save_checkpoint
     if checkpoint is not None:                                      # with --resume
         optimizer.load_state_dict(checkpoint['optimizer'])
-        losses, held_out = checkpoint['losses'], checkpoint['held_out']
-        rows, settings = checkpoint['rows'], checkpoint['settings']
+        losses, held_out, rows = [checkpoint[key] for key in ('losses', 'held_out', 'rows')]
+        settings = checkpoint['settings']                           # for equal files
     size = sum(parameter.numel() for parameter in model.parameters())
     dtype = 'bfloat16' if has_bfloat16(x_train.device) else 'float32'
     print(f'{stem}.pt: {size} parameters, {dtype} on {x_train.device}, {len(held_out)} epochs done')
@@ -217,6 +217,7 @@ def read_checkpoint(path, settings=None):
         sys.exit(f'{path} is missing: train first, or check --model, --latent and --out')
     with exit_if_it_fails(f'{path} is damaged, or not a checkpoint'):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)    # runs no code
+        assert checkpoint.keys() >= {'name', 'settings', 'vae'}
         old = checkpoint['settings'].items()
     if settings is not None and settings.items() != old:
         before, now = dict(old - settings.items()), dict(settings.items() - old)
@@ -288,9 +289,8 @@ def save_picture(path, images, columns):
 def save_png(path, pixels):
     """Write pixels (H, W), uint8, as a grey PNG file, without any library for pictures."""
 
-    def chunk(kind, content):
-        check = struct.pack('>I', zlib.crc32(kind + content))
-        return struct.pack('>I', len(content)) + kind + content + check     # length first
+    def chunk(tag, data):
+        return struct.pack('>I', len(data)) + tag + data + struct.pack('>I', zlib.crc32(tag + data))
 
     H, W = pixels.shape
     header = struct.pack('>IIBBBBB', W, H, 8, 0, 0, 0, 0)           # 8 bits, grey
@@ -339,9 +339,8 @@ def main(argv=None):
     """Run the command line. A mistake of the user ends it with a message, by SystemExit."""
     parser, args = parse(argv)
     device, steps, seed, stem = args.device, args.steps, args.seed, f'{args.out}/{args.name}'
-    path = f'{stem}.pt'
     if args.prompt:
-        model, vae = load_checkpoint(path, device)
+        model, vae = load_checkpoint(f'{stem}.pt', device)
         y = torch.tensor([int(digit) for digit in args.prompt], device=device)  # (B,)
         return draw_guidance(f'{stem}_prompt.png', model, vae, y, args.guidance, steps, seed)
 
@@ -350,7 +349,7 @@ def main(argv=None):
     if args.batch_size > len(data[0]):
         parser.error(f'--batch-size must be at most {len(data[0])}, the number of images')
     settings = dict(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=seed)
-    checkpoint = read_checkpoint(path, settings) if args.resume else None
+    checkpoint = read_checkpoint(f'{stem}.pt', settings) if args.resume else None
     with exit_if_it_fails(f'cannot write to the folder {args.out}'):
         os.makedirs(args.out, exist_ok=True)
         open(f'{stem}.tmp', 'wb').close()                           # tries it out
@@ -363,7 +362,7 @@ def main(argv=None):
             torch.manual_seed(seed)                                 # for the weights
             model = RUNS[args.name]['build']().to(device)           # u_t^θ
         else:
-            model, vae = load_checkpoint(path, device)
+            model, vae = load_checkpoint(f'{stem}.pt', device)
         train(args.name, model, vae, data, settings, steps, stem, checkpoint)
 
         ten = torch.arange(10, device=device)                       # 0 … 9
@@ -373,7 +372,8 @@ def main(argv=None):
         right = (classify(model, z, draws=4) == y).sum()
         print(f'as a classifier, the flow reads {right} of {len(y)} test digits right')
     except KeyboardInterrupt:
-        if args.resume or (os.path.exists(path) and os.path.getmtime(path) > started):
+        saved = os.path.exists(f'{stem}.pt') and os.path.getmtime(f'{stem}.pt') > started
+        if args.resume or saved:
             sys.exit('stopped: the same command with --resume goes on after the last saved epoch')
         sys.exit('stopped: no epoch of this run is saved yet, so there is nothing to go on from')
 
