@@ -323,8 +323,7 @@ def parse(argv):
     args = parser.parse_args(argv)                                  # None: those of sys.argv
 
     args.name = args.model + ('_latent' if args.latent else '')     # a key of RUNS
-    if args.epochs is None:
-        args.epochs = RUNS[args.name]['epochs']                     # the default
+    args.epochs = RUNS[args.name]['epochs'] if args.epochs is None else args.epochs
     if min(args.epochs, args.batch_size, args.steps) < 1 or not 0 <= args.seed < 1e9:
         parser.error('--epochs, --batch-size, --steps: 1 or more; --seed: from 0 to 999999999')
     if not 0 < args.lr < math.inf or not all(math.isfinite(w) for w in args.guidance):
