@@ -72,7 +72,7 @@ def train(name, model, vae, data, settings, steps, stem, checkpoint):
         # same random numbers after every epoch of every run, so that all can be compared.
         torch.manual_seed(0)
         with torch.no_grad():
-            loss = cfm_loss(model, encode(vae, to_model(x_test[:1000])), y_test[:1000])
+            loss = cfm_loss(model, encode(vae, to_model(x_test[:500])), y_test[:500])
         held_out.append(finite(loss, 'try a lower --lr'))
         print(f'epoch {epoch} of {settings["epochs"]} done, held-out loss {held_out[-1]:.4f}')
 
