@@ -37,9 +37,8 @@ from tinyflow import cfm_loss, classify, euler, guided_velocity, sample     # se
 from unet import UNet                                               # section 2.1
 from vae import VAE, reparameterize, vae_loss                       # section 2.3
 
-# The four runs: a network, and how often it sees all images. A latent is like an image of 8x8
-# pixels with 4 channels. Two levels of the U-Net are enough for it, and as an epoch is cheap, it
-# has more.
+# The four runs: a network, and how often it sees all images. A latent is like an image of 8x8 pixels
+# with 4 channels. Two levels of the U-Net are enough for it, and an epoch costs less.
 RUNS = {
     'unet': dict(build=UNet, epochs=3),                             # 1.3 million parameters
     'dit': dict(build=DiT, epochs=3),                               # 1.9 million
@@ -58,7 +57,7 @@ def train(name, model, vae, data, settings, steps, stem, checkpoint):
     if checkpoint is not None:                                      # with --resume
         optimizer.load_state_dict(checkpoint['optimizer'])
         losses, held_out, rows = [checkpoint[key] for key in ('losses', 'held_out', 'rows')]
-        settings = checkpoint['settings']                           # for equal files
+        settings = checkpoint['settings']                           # keeps files equal
     size = sum(parameter.numel() for parameter in model.parameters())
     dtype = 'bfloat16' if has_bfloat16(x_train.device) else 'float32'
     print(f'{stem}.pt: {size} parameters, {dtype} on {x_train.device}, {len(held_out)} epochs done')
