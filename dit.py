@@ -132,7 +132,7 @@ class DiT(nn.Module):
 
         # With zeros in `last`, a new network predicts u = 0. The gradient of `last` is error times
         # input, so it moves in the first step. In the second, `first`, `last_modulation` and the
-        # gates move too, and in the third, as the gates are open, everything does.
+        # gates move too. In the third the gates are open, and everything moves.
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = nn.Linear(dim, 2 * dim)
         self.last = nn.Linear(dim, C * patch * patch)

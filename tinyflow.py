@@ -114,7 +114,7 @@ def guided_velocity(model, x, t, y, w):
     It is the gradient of a classifier that nobody trained, and points to where x looks more like y.
     The guided field contains the gradient of log p_t(x) + w log p_t(y|x), as if the classifier
     counted w times. This has a price: for w > 1 the samples do not follow p_data(·|y). They are
-    more typical of their label, and less varied.
+    more typical of their label, and less varied. (Nor do they exactly follow p_data(x) p(y|x)^w.)
     """
     if w == 1:                                              # plain conditional: one pass is enough
         return model(x, t, y)

@@ -37,8 +37,8 @@ from tinyflow import cfm_loss, classify, euler, guided_velocity, sample     # se
 from unet import UNet                                               # section 2.1
 from vae import VAE, reparameterize, vae_loss                       # section 2.3
 
-# The four runs: a network, and how often it sees all images. A latent is like an image of 8x8 pixels
-# with 4 channels. Two levels of the U-Net are enough for it, and an epoch costs less.
+# The four runs: a network, and how often it sees all images. A latent is like an image of 8x8
+# pixels with 4 channels. Two levels of the U-Net are enough for it, and an epoch costs less.
 RUNS = {
     'unet': dict(build=UNet, epochs=3),                             # 1.3 million parameters
     'dit': dict(build=DiT, epochs=3),                               # 1.9 million

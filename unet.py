@@ -5,8 +5,8 @@ a whole. So the encoder halves height and width again and again. After each halv
 twice as wide and high in pixels of the image, and its view grows twice as fast. At the bottom there
 are few pixels, whose many channels tell what the image shows. The decoder doubles the size again.
 
-Halving has lost where exactly each stroke was. Skip connections bring that back: a decoder block
-takes what comes from below and the skip of its level, side by side, and gives the channels of the
+Halving has lost where exactly each stroke was. Skip connections bring that back. A decoder block
+takes what comes from below and the skip of its level, side by side. It gives the channels of the
 level above. Read the left column downwards and the right one upwards. By default, the outputs are:
 
     encoder                                          decoder
