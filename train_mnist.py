@@ -320,7 +320,6 @@ def parse(argv):
     option('--out', default='out', help='the folder to write to; default: out')
     option('--resume', action='store_true', help='go on after the last epoch that was saved')
     args = parser.parse_args(argv)                                  # None: those of sys.argv
-
     args.name = args.model + ('_latent' if args.latent else '')     # a key of RUNS
     args.epochs = RUNS[args.name]['epochs'] if args.epochs is None else args.epochs
     if min(args.epochs, args.batch_size, args.steps) < 1 or not 0 <= args.seed < 1e9:
@@ -329,8 +328,10 @@ def parse(argv):
         parser.error('--lr must be above 0, and --guidance finite')
     if args.prompt is not None and not args.prompt.isdecimal():
         parser.error(f'--prompt takes digits such as 314, not {args.prompt!r}')
-    with exit_if_it_fails(f'--device {args.device} is not on this machine'):
+    try:
         args.device = torch.zeros(1, device=args.device).device     # tries it out
+    except (RuntimeError, AssertionError):                          # no CUDA, say
+        parser.error(f'--device {args.device} is not on this machine')
     return parser, args
 
 def main(argv=None):
@@ -362,7 +363,6 @@ def main(argv=None):
         else:
             model, vae = load_checkpoint(f'{stem}.pt', device)
         train(args.name, model, vae, data, settings, steps, stem, checkpoint)
-
         ten = torch.arange(10, device=device)                       # 0 … 9
         draw_guidance(f'{stem}_guidance.png', model, vae, ten, args.guidance, steps, seed)
         draw_path(f'{stem}_path.png', model, vae, ten, steps, seed)
