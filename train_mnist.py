@@ -8,7 +8,7 @@
 The lecture in short. A flow carries noise X_0 ~ N(0, I) along dX_t = u_t(X_t|y) dt to an image X_1
 of the digit y. A network learns the velocity u_t by regression. It is shown x = t z + (1-t) noise,
 a mixture of an image z and noise, and is asked for z - noise (section 1.1). One label in ten is
-hidden from it, so that it also learns u_t(x), the velocity for any digit. Guidance draws with
+hidden from it, so that it also learns u_t(x), the velocity without a label. Guidance draws with
 u_t(x) + w (u_t(x|y) - u_t(x)). A scale w above 1 exaggerates what the label adds (section 1.2).
 
 A run writes these files into out/, where NAME is unet, dit, unet_latent or dit_latent:
@@ -48,31 +48,29 @@ RUNS = {
 
 # ---- Training the flow -------------------------------------------------------------------------
 def train(name, model, vae, data, settings, steps, stem, checkpoint):
-    """Train the flow `model`. Save and draw after every epoch. (`main` makes all the arguments.)"""
+    """Train `model`. Save and draw after every epoch. `steps` are Euler's, `stem` is out/NAME."""
     x_train, y_train, x_test, y_test = data                         # on the device
     model.to(memory_format=torch.channels_last)                     # makes convolutions faster
-    # With 0.99, AdamW forgets old gradient sizes after about 100 steps, which suits so short a run.
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))
-    losses, held_out, rows = [], [], []                             # see save_checkpoint
+    # The default 0.999 remembers gradient sizes for about 1000 steps, too long for so short a run.
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))    # lr: see descend
+    losses, held_out, rows = [], [], []                             # by step, by epoch, pictures
     if checkpoint is not None:                                      # with --resume
         optimizer.load_state_dict(checkpoint['optimizer'])
         losses, held_out, rows = [checkpoint[key] for key in ('losses', 'held_out', 'rows')]
-        settings = checkpoint['settings']                           # keeps files equal
-    size = sum(parameter.numel() for parameter in model.parameters())
-    dtype = 'bfloat16' if has_bfloat16(x_train.device) else 'float32'
-    print(f'{stem}.pt: {size} parameters, {dtype} on {x_train.device}, {len(held_out)} epochs done')
+        settings = checkpoint['settings']                           # equal, and saved alike
+        print(f'{len(held_out)} of {settings["epochs"]} epochs are done already')
 
     for epoch in range(len(held_out) + 1, settings['epochs'] + 1):
-        model.train()                                               # matters with Dropout
+        model.train()                                               # would matter for Dropout
         losses += train_epoch(model, vae, optimizer, x_train, y_train, settings, epoch)
         model.eval()
 
-        # The held-out loss is that of images which are never trained on. It is measured with the
-        # same random numbers after every epoch of every run, so that all can be compared.
+        # The held-out loss is that of images which are never trained on. The random numbers are the
+        # same after every epoch, so that epochs can be compared, and runs on the same kind of z.
         torch.manual_seed(0)
         with torch.no_grad():
-            loss = cfm_loss(model, encode(vae, to_model(x_test[:500])), y_test[:500])
-        held_out.append(finite(loss, 'try a lower --lr'))
+            loss = cfm_loss(model, encode(vae, to_model(x_test[:200])), y_test[:200])
+        held_out.append(number_or_exit(loss, 'try a lower --lr'))
         print(f'epoch {epoch} of {settings["epochs"]} done, held-out loss {held_out[-1]:.4f}')
 
         ten = torch.arange(10, device=x_train.device)               # 0 … 9
@@ -85,7 +83,7 @@ def train_epoch(model, vae, optimizer, x, y, settings, epoch):
     # The random numbers depend on (seed, epoch) alone, so that a resumed run gets the same ones.
     torch.manual_seed(1_000_000 * settings['seed'] + epoch)
     batches = torch.randperm(len(x), device=x.device).split(settings['batch_size'])  # of indices
-    total = settings['epochs'] * len(batches)                       # of the run
+    total = settings['epochs'] * len(batches)                       # steps of the run
     losses = []
     start = time.perf_counter()                                     # in seconds
 
@@ -105,7 +103,7 @@ def train_epoch(model, vae, optimizer, x, y, settings, epoch):
         # The loss is not read in every step, because the program would have to wait for the GPU.
         losses.append(loss.detach())
         if i % 50 == 0:
-            recent = finite(torch.stack(losses[-50:]).mean(), 'try a lower --lr')
+            recent = number_or_exit(torch.stack(losses[-50:]).mean(), 'try a lower --lr')
             seconds = (time.perf_counter() - start) / (i + 1)       # for a step
             print(f'step {step} of {total}, loss {recent:.4f}, {len(batch) / seconds:.0f} img/s, '
                   f'{seconds * (total - step) / 60:.1f} min left', flush=True)
@@ -115,13 +113,13 @@ def descend(loss, model, optimizer, rate):
     """One step of the optimizer at the learning rate `rate`."""
     optimizer.zero_grad()
     loss.backward()
-    # A gradient longer than 1 is cut to length 1. In the first steps nearly all are longer.
+    # A gradient longer than 1 is cut to length 1, so that no odd batch counts too much.
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.param_groups[0]['lr'] = rate                          # instead of a scheduler
     optimizer.step()
 
 def learning_rate(step, total, peak):
-    """The learning rate rises in the first twentieth of all steps, nearly to its peak, then falls.
+    """The learning rate: it rises in the first twentieth of all steps, then falls to 0.
 
     AdamW divides a step by the size of past gradients. At first it knows few, so steps are small.
     The gradient of a batch is noisy, and the small steps at the end average the noise out.
@@ -136,8 +134,8 @@ def has_bfloat16(device):
         return torch.cpu.get_capabilities().get('avx512_bf16', False)
     return device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
 
-def finite(loss, advice):
-    """The loss as a number. One that is not finite ends the run, and the last checkpoint stays."""
+def number_or_exit(loss, advice):
+    """The loss as a number. If it is not finite, the run ends, and the last checkpoint stays."""
     if not loss.isfinite():
         sys.exit(f'the loss is {loss:g}, so the training has stopped: {advice}')
     return loss.item()
@@ -145,19 +143,19 @@ def finite(loss, advice):
 # ---- The VAE (section 2.3) ---------------------------------------------------------------------
 def train_vae(data, seed, path, epochs=2, batch_size=32, lr=2e-3, beta=1e-3):
     """Train a VAE, with settings of its own, and freeze it. Draw some of its reconstructions."""
-    x, x_test = data[0], to_model(data[2][:10])                     # uint8, and [-1, 1]
+    x, x_test = data[0], to_model(data[2][:10])                     # x_train, ten of x_test
     torch.manual_seed(seed)
     vae = VAE().to(x.device)                                        # E and D
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99))      # as in train
     order = torch.cat([torch.randperm(len(x), device=x.device) for _ in range(epochs)])
-    batches = order.split(batch_size)                               # of all epochs
+    batches = order.split(batch_size)                               # epochs end to end
 
     for step, batch in enumerate(batches):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=has_bfloat16(x.device)):
             loss, error, kl = vae_loss(vae, to_model(x[batch]), beta)
         descend(loss, vae, optimizer, learning_rate(step, len(batches), lr))
         if step % 200 == 0:
-            finite(loss, 'try a lower lr in train_vae')
+            number_or_exit(loss, 'try a lower lr in train_vae')
             print(f'VAE, step {step} of {len(batches)}: error {error:.4f}, KL {kl:.0f}', flush=True)
     vae.eval().requires_grad_(False)                                # frozen
     pairs = torch.cat([x_test, decode(vae, encode(vae, x_test))])   # (20, 1, 32, 32)
@@ -188,9 +186,17 @@ def draw_path(file, model, vae, y, steps, seed):
     noise = torch.randn(len(y), *model.shape, device=y.device)      # X_0
     states = euler(lambda x, t: guided_velocity(model, x, t, y, w=2.0), noise, steps)
     nine = [to_pixels(decode(vae, states[k * steps // 8])) for k in range(9)]   # t = k/8, about
-    save_picture(file, torch.stack(nine, dim=1).flatten(0, 1), columns=9)       # (9·B, 1, 32, 32)
+    save_picture(file, torch.stack(nine, dim=1).flatten(0, 1), columns=9)       # digit by digit
 
 # ---- Checkpoints -------------------------------------------------------------------------------
+@contextlib.contextmanager
+def exit_if_it_fails(message):
+    """For `with`: an error in the block ends the program, with the message and the reason."""
+    try:
+        yield
+    except Exception as error:
+        sys.exit(f'{message} ({type(error).__name__}: {" ".join(str(error).split())[:200]})')
+
 def save_checkpoint(stem, name, model, vae, optimizer, settings, losses, held_out, rows):
     """Write what drawing, --resume and a plot of the losses need. An earlier run's file is kept."""
     checkpoint = dict(
@@ -216,11 +222,10 @@ def read_checkpoint(path, settings=None):
         sys.exit(f'{path} is missing: train first, or check --model, --latent and --out')
     with exit_if_it_fails(f'{path} is damaged, or not a checkpoint'):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)    # runs no code
-        assert checkpoint.keys() >= {'name', 'settings', 'vae'}
-        old = checkpoint['settings'].items()
-    if settings is not None and settings.items() != old:
-        before, now = dict(old - settings.items()), dict(settings.items() - old)
-        sys.exit(f'--resume: {path} was trained with {before}, but this run has {now}')
+        earlier = checkpoint['settings']                            # an error if it has none
+    if settings is not None and settings != earlier:
+        keys = [key for key in settings if settings[key] != earlier[key]]
+        sys.exit(f'--resume: other {", ".join(keys)}: {path} has {earlier}, this run {settings}')
     return checkpoint
 
 def load_checkpoint(path, device):
@@ -233,14 +238,6 @@ def load_checkpoint(path, device):
         if vae is not None:
             vae.load_state_dict(checkpoint['vae'])
     return model, vae
-
-@contextlib.contextmanager
-def exit_if_it_fails(message):
-    """For `with`: if the block raises an error, end the program with the message and the reason."""
-    try:
-        yield
-    except Exception as error:
-        sys.exit(f'{message} ({type(error).__name__}: {" ".join(str(error).split())[:200]})')
 
 # ---- Data and pictures -------------------------------------------------------------------------
 def load_mnist(path):
@@ -277,8 +274,8 @@ def image_grid(images, columns):
     N, C, h, w = images.shape
     assert C == 1, f'only grey images, with one channel, can be drawn, not {C} channels'
     assert N % columns == 0, f'{N} images do not fill rows of {columns}'
-    grid = images.reshape(-1, columns, h, w).transpose(1, 2)        # (rows, h, columns, w)
-    return grid.reshape(-1, columns * w)                            # (rows·h, columns·w)
+    grid = images.reshape(-1, columns, h, w)                        # (rows, columns, h, w)
+    return grid.transpose(1, 2).reshape(-1, columns * w)            # (rows·h, columns·w)
 
 def save_picture(path, images, columns):
     """Save images (N, 1, h, w) uint8 as a grid, three times as large."""
@@ -286,18 +283,19 @@ def save_picture(path, images, columns):
     save_png(path, image_grid(images, columns).repeat_interleave(3, 0).repeat_interleave(3, 1))
 
 def save_png(path, pixels):
-    """Write pixels (H, W), uint8, as a grey PNG file, without any library for pictures."""
+    """Write pixels (H, W), uint8, as a grey PNG file, byte by byte as that format prescribes."""
 
     def chunk(tag, data):
         return struct.pack('>I', len(data)) + tag + data + struct.pack('>I', zlib.crc32(tag + data))
 
     H, W = pixels.shape
     header = struct.pack('>IIBBBBB', W, H, 8, 0, 0, 0, 0)           # 8 bits, grey
-    rows = np.pad(np.asarray(pixels), ((0, 0), (1, 0))).tobytes()   # no filter: 0
+    rows = np.pad(np.asarray(pixels), ((0, 0), (1, 0))).tobytes()   # 0: no filter
     png = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
     png += chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
     with exit_if_it_fails(f'cannot write {path}'):
-        np.frombuffer(png, np.uint8).tofile(f'{path}.tmp')          # just the bytes
+        with open(f'{path}.tmp', 'wb') as file:
+            file.write(png)
         os.replace(f'{path}.tmp', path)
 
 # ---- The command line --------------------------------------------------------------------------
@@ -329,7 +327,7 @@ def parse(argv):
     if args.prompt is not None and not args.prompt.isdecimal():
         parser.error(f'--prompt takes digits such as 314, not {args.prompt!r}')
     try:
-        args.device = torch.zeros(1, device=args.device).device     # tries it out
+        args.device = torch.zeros(1, device=args.device).device     # tries to use it
     except (RuntimeError, AssertionError):                          # no CUDA, say
         parser.error(f'--device {args.device} is not on this machine')
     return parser, args
@@ -338,37 +336,39 @@ def main(argv=None):
     """Run the command line. A mistake of the user ends it with a message, by SystemExit."""
     parser, args = parse(argv)
     device, steps, seed, stem = args.device, args.steps, args.seed, f'{args.out}/{args.name}'
+    y = torch.tensor([int(digit) for digit in args.prompt or '0123456789'], device=device)  # (B,)
     if args.prompt:
         model, vae = load_checkpoint(f'{stem}.pt', device)
-        y = torch.tensor([int(digit) for digit in args.prompt], device=device)  # (B,)
         return draw_guidance(f'{stem}_prompt.png', model, vae, y, args.guidance, steps, seed)
 
-    # What can be wrong is read and checked before anything is written.
-    data = load_mnist(args.data)
+    # What can be found wrong at once ends the program here, before anything is written.
+    data = [part.to(device) for part in load_mnist(args.data)]      # about 70 MB
     if args.batch_size > len(data[0]):
         parser.error(f'--batch-size must be at most {len(data[0])}, the number of images')
     settings = dict(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=seed)
     checkpoint = read_checkpoint(f'{stem}.pt', settings) if args.resume else None
     with exit_if_it_fails(f'cannot write to the folder {args.out}'):
         os.makedirs(args.out, exist_ok=True)
-        open(f'{stem}.tmp', 'wb').close()                           # tries it out
+        open(f'{stem}.tmp', 'wb').close()                           # tries to write there
 
-    started = time.time()                                           # for Ctrl-C
+    started = time.time()                                           # see `except`
     try:
-        data = [part.to(device) for part in data]                   # small enough
-        if checkpoint is None:
-            vae = train_vae(data, seed, f'{stem}_vae.png') if args.latent else None
-            torch.manual_seed(seed)                                 # for the weights
-            model = RUNS[args.name]['build']().to(device)           # u_t^θ
-        else:
+        if args.resume:
             model, vae = load_checkpoint(f'{stem}.pt', device)
+        else:
+            torch.manual_seed(seed)                                 # for the weights
+            model, vae = RUNS[args.name]['build']().to(device), None
+        size = sum(parameter.numel() for parameter in model.parameters())
+        dtype = 'bfloat16' if has_bfloat16(device) else 'float32'
+        print(f'{stem}.pt: {size} parameters, {dtype} on {device}', flush=True)
+        if args.latent and not args.resume:
+            vae = train_vae(data, seed, f'{stem}_vae.png')
         train(args.name, model, vae, data, settings, steps, stem, checkpoint)
-        ten = torch.arange(10, device=device)                       # 0 … 9
-        draw_guidance(f'{stem}_guidance.png', model, vae, ten, args.guidance, steps, seed)
-        draw_path(f'{stem}_path.png', model, vae, ten, steps, seed)
-        z, y = encode(vae, to_model(data[2][:100])), data[3][:100]
-        right = (classify(model, z, draws=4) == y).sum()
-        print(f'as a classifier, the flow reads {right} of {len(y)} test digits right')
+        draw_guidance(f'{stem}_guidance.png', model, vae, y, args.guidance, steps, seed)
+        draw_path(f'{stem}_path.png', model, vae, y, steps, seed)
+        z = encode(vae, to_model(data[2][:100]))                    # of test digits
+        right = (classify(model, z, draws=4) == data[3][:100]).sum()
+        print(f'as a classifier, the flow reads {right} of {len(z)} test digits right')
     except KeyboardInterrupt:
         saved = os.path.exists(f'{stem}.pt') and os.path.getmtime(f'{stem}.pt') > started
         if args.resume or saved:
