@@ -53,7 +53,7 @@ def train(name, model, vae, data, settings, steps, stem, checkpoint):
     model.to(memory_format=torch.channels_last)                     # makes convolutions faster
     # The default 0.999 remembers gradient sizes for about 1000 steps, too long for so short a run.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))    # lr: see descend
-    losses, held_out, rows = [], [], []                             # by step, by epoch, pictures
+    losses, held_out, rows = [], [], []                             # of steps, epochs, pictures
     if checkpoint is not None:                                      # with --resume
         optimizer.load_state_dict(checkpoint['optimizer'])
         losses, held_out, rows = [checkpoint[key] for key in ('losses', 'held_out', 'rows')]
@@ -222,7 +222,7 @@ def read_checkpoint(path, settings=None):
         sys.exit(f'{path} is missing: train first, or check --model, --latent and --out')
     with exit_if_it_fails(f'{path} is damaged, or not a checkpoint'):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)    # runs no code
-        earlier = checkpoint['settings']                            # an error if it has none
+        earlier = checkpoint['settings']                            # fails if missing
     if settings is not None and settings != earlier:
         keys = [key for key in settings if settings[key] != earlier[key]]
         sys.exit(f'--resume: other {", ".join(keys)}: {path} has {earlier}, this run {settings}')
