@@ -1,8 +1,8 @@
 """What is true about flow matching, and what the program promises. Each test is one sentence.
 
 The names alone are a summary of the lecture, in the order of the notes. The program comes last.
-What a test expects comes from a closed form, from PyTorch's own operators, from finite differences
-or from a second run, but never from the code that it tests.
+What a test expects comes from a closed form, from PyTorch's own operators, from a finite difference
+or from a second run. A whole is compared with its parts, which have tests of their own.
 """
 import contextlib
 import io
@@ -109,7 +109,7 @@ def test_the_mean_velocity_of_all_z_that_lead_to_x_is_the_marginal_field(point, 
     z, y = draw_data(1_000_000)
     t = torch.full((len(z),), 0.5)
     x, u_target = conditional_path(z, torch.randn_like(z), t)
-    near = ((x - torch.tensor(point)).abs() < 0.05).all(dim=1)
+    near = ((x - torch.tensor(point)).abs() < 0.1).all(dim=1)
     mean_velocity = u_target[near & ((y == label) | (label == NULL))].mean(dim=0)
     marginal = exact_field(torch.tensor([point]), t[:1], torch.tensor([label]))[0]
     assert torch.allclose(mean_velocity, marginal, atol=0.1)
@@ -118,9 +118,9 @@ def test_the_mean_velocity_of_all_z_that_lead_to_x_is_the_marginal_field(point, 
 def test_the_marginal_field_has_a_lower_loss_than_any_other(change):
     other = Field(lambda x, t, y: exact_field(x, t, y) + 0.3 * change(x, t[:, None]))
     z, y = draw_data(100_000)
-    assert cfm_loss(other, z, y) > cfm_loss(Field(), z, y) + 0.01
+    assert cfm_loss(other, z, y) > cfm_loss(Field(), z, y)
 
-def test_the_lowest_loss_is_the_variance_of_the_target_given_x_and_t_and_y():
+def test_the_lowest_loss_is_the_mean_variance_of_the_target_given_x_and_t_and_y():
     # Given x, t and y, the variance of z - ε is s² + 1 - (t s² - (1-t))² / v in each coordinate.
     # This is s² / v. Its integral over t from 0 to 1 is πs/2, by the substitution r = t/(1-t).
     loss = cfm_loss(Field(), *draw_data(100_000), p_drop=0.0)
@@ -177,7 +177,7 @@ def test_half_the_step_leaves_half_of_eulers_error():
     assert (coarse / fine).item() == pytest.approx(2, rel=0.02)
 
 @pytest.mark.parametrize('w', [0.0, 1.0, 3.0])
-def test_one_step_from_pure_noise_lands_w_times_as_far_from_the_mean_of_all_as_the_label(w):
+def test_one_step_from_noise_goes_w_times_the_way_from_the_mean_of_all_to_that_of_the_label(w):
     # At t = 0, x is pure noise and says nothing about z. So u_0(x|y) is E[z|y] - x, and w = 1 lands
     # on the mean of the label, whatever the noise.
     y, mean = torch.arange(10) % 2, CENTERS.mean(dim=0)
@@ -203,8 +203,9 @@ def test_a_flow_classifies():
 def test_the_demo_shows_both_clouds_and_then_for_w_1_and_w_3_only_the_right_one():
     printed = subprocess.check_output([sys.executable, HERE / 'tinyflow.py'], text=True)
     panels = [panel.split('\n')[1:] for panel in printed.strip().split('\n\n')]
-    left_halves = [''.join(row[:24] for row in panel) for panel in panels]
-    assert [('#' in half) for half in left_halves] == [True, False, False]
+    halves = [''.join(row[half] for row in panel)
+              for panel in panels for half in (slice(24), slice(24, 48))]
+    assert [('#' in half) for half in halves] == [True, True, False, True, False, True]
 
 # ---- 2.1 and 2.2  What both networks must do ---------------------------------------------------
 def small_unet(shape=(1, 32, 32)):
@@ -240,10 +241,10 @@ def test_a_network_knows_its_shape_and_the_number_of_its_null_label(build):
     model = build((3, 8, 12))                               # with the default labels, 0 … 9
     assert (model.shape, model.null_label) == ((3, 8, 12), 10)
 
-def test_a_new_block_is_the_identity():
+def test_a_new_block_that_keeps_its_channels_is_the_identity():
     h, c = torch.randn(2, 5, 16), torch.randn(2, 16)
     assert torch.equal(DiTBlock(16, heads=2)(h, c), h)
-    assert torch.equal(ResidualBlock(5, 5, 16)(h[..., None], c), h[..., None])
+    assert torch.equal(ResidualBlock(5, 5, 16)(h[..., None], c), h[..., None])      # as an image
 
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('build, shape', [
@@ -267,23 +268,23 @@ def test_in_the_first_step_only_last_has_a_gradient_and_in_the_third_all_have(bu
         assert parameter.grad.any() == name.startswith(names)
 
 @BOTH
-def test_training_and_sampling_stay_on_the_device_of_the_model(build):
-    # Tensors of the device "meta" have no values. PyTorch does not mix them with those of the CPU,
-    # nor those of a GPU. So this finds a device that was forgotten.
+def test_loss_and_flow_and_classifier_stay_on_the_device_of_the_model(build):
+    # Tensors of the device "meta" have no values. PyTorch refuses to mix them with the CPU's, as it
+    # refuses to mix a GPU's with the CPU's. So this finds a device that was forgotten.
     with torch.device('meta'):
         model, z, y = build(), torch.zeros(4, 1, 32, 32), torch.zeros(4).long()
     cfm_loss(model, z, y).backward()
     drawn = euler(lambda x, t: guided_velocity(model, x, t, y, w=2.0), z, steps=2)[-1]
     assert drawn.is_meta and classify(model, z, draws=1).is_meta
 
-@pytest.mark.parametrize('build', [UNet, DiT, VAE])
-def test_between_two_linear_layers_there_is_a_nonlinear_one(build):
+@pytest.mark.parametrize('build', [run['build'] for run in train_mnist.RUNS.values()] + [VAE])
+def test_every_second_layer_of_a_stack_is_nonlinear(build):
     for stack in [module for module in build().modules() if isinstance(module, nn.Sequential)]:
         layers = [layer for layer in stack if not isinstance(layer, nn.PixelShuffle)]
         assert all(isinstance(layer, (nn.SiLU, nn.GELU)) for layer in layers[1::2])
 
 # ---- 2.1  The U-Net ----------------------------------------------------------------------------
-def test_a_residual_block_is_two_normalised_convolutions_with_an_affine_map_by_c_between():
+def test_a_residual_block_adds_two_normalised_convolutions_with_an_affine_map_by_c_between():
     block, h, c = awake(ResidualBlock(5, 3, 16)), torch.randn(2, 5, 4, 6), torch.randn(2, 16)
     scale, shift = block.modulation(c).reshape(2, 2, 3, 1, 1).unbind(dim=1)
     normal = F.group_norm(h, 1, block.norm1.weight, block.norm1.bias)
@@ -294,8 +295,8 @@ def test_a_residual_block_is_two_normalised_convolutions_with_an_affine_map_by_c
 
 def rank_of_the_derivative(model):
     """The number of independent changes of u that changes of an image of 8x8 pixels can cause."""
-    t, y, x = torch.tensor([0.5]), torch.tensor([3]), torch.randn(1, 1, 8, 8)
-    derivative = torch.autograd.functional.jacobian(lambda x: model(x, t, y), x)
+    t, y, x = torch.tensor([0.5]).double(), torch.tensor([3]), torch.randn(1, 1, 8, 8).double()
+    derivative = torch.autograd.functional.jacobian(lambda x: model.double()(x, t, y), x)
     return torch.linalg.matrix_rank(derivative.reshape(64, 64), rtol=1e-5).item()
 
 def test_skips_alone_carry_every_pixel():
@@ -349,7 +350,7 @@ def test_a_dit_without_blocks_is_tokens_and_positions_through_a_modulated_linear
 
 # ---- 2.3  The VAE ------------------------------------------------------------------------------
 @pytest.mark.parametrize('shape, latent', [((1, 32, 32), (4, 8, 8)), ((3, 16, 40), (4, 4, 10))])
-def test_a_latent_has_a_quarter_of_height_and_width_and_the_decoder_undoes_it(shape, latent):
+def test_a_latent_has_a_quarter_of_the_size_and_the_decoder_restores_it(shape, latent):
     vae = VAE(shape)
     mean, logvar = vae.encode(torch.randn(2, *shape))
     assert vae.latent_shape == latent and mean.shape == logvar.shape == (2, *latent)
@@ -378,7 +379,7 @@ class LinearVAE:
         return 0.8 * z / self.scale
 
 @pytest.mark.parametrize('error', [0.0, 0.3])
-def test_the_vae_loss_is_minus_the_log_evidence_plus_the_kl_to_the_true_posterior(error):
+def test_minus_the_elbo_is_minus_the_log_evidence_plus_the_kl_to_the_true_posterior(error):
     x = torch.randn(50_000, 4)
     loss, _, _ = vae_loss(LinearVAE(error), x, beta=2 * 0.6 ** 2)
     minus_elbo = loss / (2 * 0.6 ** 2) + math.log(2 * math.pi * 0.6 ** 2) / 2       # of a number
@@ -470,7 +471,7 @@ def refusal(run, folder, *options):
 
 def read_png(path):
     """The pixels of a grey PNG file, read by the words of the PNG specification."""
-    rest, chunks = path.read_bytes()[8:], {}                # behind the signature
+    rest, chunks = path.read_bytes().removeprefix(b'\x89PNG\r\n\x1a\n'), {}
     while rest:
         length = int.from_bytes(rest[:4], 'big')
         kind, content, check = rest[4:8], rest[8:8 + length], rest[8 + length:12 + length]
@@ -520,9 +521,9 @@ def test_the_path_ends_at_the_digits_of_the_last_epoch(name, trained):
 def test_a_picture_of_guidance_has_a_row_for_each_scale_and_a_column_for_each_digit(tmp_path):
     field = Field(lambda x, t, y: (y / 5 - 1).reshape(-1, 1, 1, 1) - x)     # arrives in one step
     field.shape, field.null_label = (1, 32, 32), 10
-    y, file = torch.tensor([2, 7, 1]), tmp_path / 'guidance.png'
+    y, file = torch.tensor([2, 8, 4]), tmp_path / 'guidance.png'
     train_mnist.draw_guidance(str(file), field, None, y, scales=[0, 1], steps=1, seed=0)
-    white, grey = torch.full((3,), 255), train_mnist.to_pixels(y / 5 - 1)
+    white, grey = torch.full((3,), 255), y * 255 // 10
     assert np.array_equal(images_in(file)[:, :, 0, 0], torch.stack([white, grey]))
 
 def test_a_checkpoint_has_a_loss_for_each_step_and_a_held_out_loss_for_each_epoch(trained):
@@ -531,8 +532,8 @@ def test_a_checkpoint_has_a_loss_for_each_step_and_a_held_out_loss_for_each_epoc
     assert len(saved['held_out']) == 2
 
 def test_the_learning_rate_rises_in_a_twentieth_of_the_steps_and_then_falls_like_a_cosine():
-    rates = [train_mnist.learning_rate(step, 1000, 1.0) for step in (0, 24, 500, 1000)]
-    assert rates == pytest.approx([1 / 50, 1 / 2, 1 / 2, 0], abs=2e-3)
+    rates = [train_mnist.learning_rate(step, 1000, 1.0) for step in (0, 24, 250, 1000)]
+    assert rates == pytest.approx([1 / 50, 1 / 2, (1 + 0.5 ** 0.5) / 2, 0], abs=2e-3)
 
 def test_the_learning_rate_of_the_last_step_of_a_run_is_almost_0(trained):
     saved = torch.load(trained / 'unet.pt', weights_only=True)
@@ -556,7 +557,7 @@ def test_each_epoch_shows_every_image_once_in_an_order_of_its_own(monkeypatch):
                      for epoch in (1, 2)]
     assert sorted(first) == sorted(second) == y.tolist() and first != second
 
-def test_the_held_out_loss_is_that_of_the_test_digits(run, tmp_path):
+def test_the_held_out_loss_is_that_of_test_digits_on_the_same_noise_in_each_epoch(run, tmp_path):
     # So small a rate leaves a network that predicts 0. Its loss is z² + 1: on the grey digits,
     # z = 0, it is 1, and on their black border, z = -1, it is 2.
     black, grey = np.zeros((64, 28, 28), np.uint8), np.full((64, 28, 28), 127, np.uint8)
@@ -567,12 +568,11 @@ def test_the_held_out_loss_is_that_of_the_test_digits(run, tmp_path):
     assert first == pytest.approx(2 - 28 ** 2 / 32 ** 2, abs=0.03)
     assert second == pytest.approx(first)                   # on the same times and noises
 
-def test_a_trained_vae_reconstructs_better_than_a_new_one_and_is_frozen(digits, tmp_path):
+def test_a_trained_vae_reconstructs_better_than_a_new_one(digits, tmp_path):
     data = train_mnist.load_mnist(str(digits))
     vae = train_mnist.train_vae(data, 0, str(tmp_path / 'vae.png'))
     x = train_mnist.to_model(data[2])
     assert vae_loss(vae, x, beta=0.0)[0] < 0.7 * vae_loss(VAE(), x, beta=0.0)[0]
-    assert not any(parameter.requires_grad for parameter in vae.parameters())
 
 def test_the_data_of_a_latent_run_are_draws_of_the_posterior():
     z = train_mnist.encode(LinearVAE(), torch.zeros(10_000, 1))
@@ -591,8 +591,8 @@ train_mnist.main(sys.argv[1:])
 
 @pytest.mark.parametrize('kind, files', [([], 4), (['--latent'], 5)])
 def test_a_killed_run_resumes_to_the_same_bytes(kind, files, run, trained, digits, tmp_path):
-    options = f'--epochs 2 --device cpu --data {digits} --steps 2 --out {tmp_path}'.split() + kind
-    assert subprocess.run([sys.executable, '-c', KILLED, *options], cwd=HERE).returncode == 9
+    options = [f'--data={digits}', f'--out={tmp_path}', '--device=cpu', '--epochs=2', '--steps=2']
+    assert subprocess.run([sys.executable, '-c', KILLED, *options, *kind], cwd=HERE).returncode == 9
     run(tmp_path, '--epochs', '2', '--resume', *kind)
     assert len(list(tmp_path.iterdir())) == files
     for file in tmp_path.iterdir():
@@ -666,8 +666,8 @@ def spoilt(digits, trained, tmp_path_factory):
     ('--guidance 1 inf', '--guidance'), ('--device cuda:99', 'cuda:99'), ('--device gpu', 'gpu'),
     ('--data small.npz', '(4, 9, 9)'), ('--data float.npz', 'float64'),
     ('--data empty.npz', '(0, 28, 28)'), ('--data ten.npz', '0 to 9'), ('--data few.npz', '(3,)'),
-    ('--data no.npz', 'missing'), ('--data half.npz', 'damaged'), ('--data text.npz', 'damaged'),
-    ('--data objects.npz', 'damaged'), ('--data lacks.npz', 'lacks'), ('--out text.npz', 'folder'),
+    ('--data no.npz', 'FileNotFound'), ('--data half.npz', 'Zip'), ('--data text.npz', 'pickle'),
+    ('--data objects.npz', 'pickle'), ('--data lacks.npz', 'y_train'), ('--out text.npz', 'folder'),
     ('--prompt 7 --out no', 'missing'), ('--resume --out no', 'missing'), ('--resume', 'damaged'),
     ('--prompt 7', 'damaged'), ('--prompt 7 --latent', 'not a checkpoint'),
     ('--prompt 7 --latent --model dit', 'Unpickling')])
@@ -682,19 +682,19 @@ def test_a_mistake_in_a_network_keeps_its_traceback(method, option, run, trained
     with pytest.raises(AttributeError):
         run(trained, option)
 
-def test_the_program_runs_in_a_notebook(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, 'stdout', io.StringIO())       # like a notebook's, not a terminal's
+def test_the_program_runs_where_its_output_is_replaced_as_in_a_notebook(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'stdout', io.StringIO())       # it cannot be reconfigured
     run(tmp_path, '--epochs', '1')
     assert 'img/s' in sys.stdout.getvalue()
 
-def test_the_help_is_printed_where_nobody_knows_greek(run, tmp_path, capsys):
+def test_the_help_is_plain_ascii(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, '--help')
     assert capsys.readouterr().out.isascii()
 
 PROGRAMS = re.findall(r'(?ms)^```python\n(.*?)^```', (HERE / 'README.md').read_text('utf-8'))
 
-@pytest.mark.parametrize('number', range(len(PROGRAMS)))
+@pytest.mark.parametrize('number', range(len(PROGRAMS) or 1))
 def test_each_program_of_the_readme_runs(number, trained, monkeypatch):
     monkeypatch.chdir(trained.parent)                       # with few digits and small networks
     exec(PROGRAMS[number], {'__name__': '__main__'})
