@@ -694,7 +694,7 @@ def test_the_help_is_plain_ascii(run, tmp_path, capsys):
 
 PROGRAMS = re.findall(r'(?ms)^```python\n(.*?)^```', (HERE / 'README.md').read_text('utf-8'))
 
-@pytest.mark.parametrize('number', range(len(PROGRAMS) or 1))
+@pytest.mark.parametrize('number', range(len(PROGRAMS) or 1))       # if there are none, it fails
 def test_each_program_of_the_readme_runs(number, trained, monkeypatch):
     monkeypatch.chdir(trained.parent)                       # with few digits and small networks
     exec(PROGRAMS[number], {'__name__': '__main__'})

@@ -57,7 +57,7 @@ def train(name, model, vae, data, settings, steps, stem, checkpoint):
     if checkpoint is not None:                                      # with --resume
         optimizer.load_state_dict(checkpoint['optimizer'])
         losses, held_out, rows = [checkpoint[key] for key in ('losses', 'held_out', 'rows')]
-        settings = checkpoint['settings']                           # equal, and saved alike
+        settings = checkpoint['settings']                           # gives the same bytes
         print(f'{len(held_out)} of {settings["epochs"]} epochs are done already')
 
     for epoch in range(len(held_out) + 1, settings['epochs'] + 1):
