@@ -1,8 +1,8 @@
-"""The Diffusion Transformer, DiT: section 2.2 of the notes, figure 4 (Peebles & Xie 2023).
+"""The Diffusion Transformer, DiT: section 2.2, figure 4 (Peebles & Xie 2022, arXiv 2212.09748).
 
 The image is cut into patches that do not overlap, and a linear layer turns each patch into a
-vector, a token. From then on the patches meet by self-attention alone, as in the Vision Transformer
-(Dosovitskiy et al. 2020). With the default sizes:
+token, a vector, as in the Vision Transformer (ViT, Dosovitskiy et al. 2020, arXiv 2010.11929).
+From then on the patches meet by self-attention alone, without convolutions. By default:
 
     x (1, 32, 32)
     ↓ patchify                            64 patches of 4x4 pixels (64, 16)
@@ -13,53 +13,63 @@ vector, a token. From then on the patches meet by self-attention alone, as in th
     ↓ unpatchify
     u (1, 32, 32)
 
-The notes give position, t and y to the blocks together with the tokens. Here the position is added
-to each token, and t and y, as one vector c, are injected into every block. By attention, any two
-patches meet in one layer. The notes say that this gains more from size than convolutions do. The
-price: N tokens need N x N weights.
+The notes give position, time and label to the blocks together with the tokens. Here the
+position is added to each token, and time and label are injected into every block as one vector
+c, by adaLN-Zero (see DiTBlock). The paper found this better than tokens for time and label.
+
+By attention any two patches meet in one layer, while a 3x3 convolution reaches the next pixel.
+The notes add that it scales better. The price: N x N attention weights for N tokens.
 """
+
 import torch
 from torch import nn
 
 from tinyflow import ConditionEmbedding
 
+
+# ---- Patches and positions -----------------------------------------------------------------------
 def patchify(x, patch):
-    """Cut images x (B, C, H, W) into N squares of side `patch`: (B, N, C·patch·patch)."""
+    """Cut images x (B, C, H, W) into N squares of side p = patch: (B, N, C·p·p)."""
     B, C, H, W = x.shape
-    x = x.reshape(B, C, H // patch, patch, W // patch, patch)   # (B, C, rows, side, columns, side)
-    x = x.permute(0, 2, 4, 1, 3, 5)                             # (B, rows, columns, C, side, side)
+    x = x.reshape(B, C, H // patch, patch, W // patch, patch)   # (B, C, rows, p, columns, p)
+    x = x.permute(0, 2, 4, 1, 3, 5)                             # (B, rows, columns, C, p, p)
     return x.reshape(B, -1, C * patch * patch)
 
+
 def unpatchify(patches, patch, shape):
-    """The inverse of patchify: (B, N, C·patch·patch) to (B, C, H, W), for shape = (C, H, W)."""
+    """The inverse of patchify: (B, N, C·p·p) to (B, C, H, W), for shape = (C, H, W)."""
     C, H, W = shape
-    x = patches.reshape(-1, H // patch, W // patch, C, patch, patch)    # (B, rows, columns, C, …)
-    x = x.permute(0, 3, 1, 4, 2, 5)                             # (B, C, rows, side, columns, side)
+    x = patches.reshape(-1, H // patch, W // patch, C, patch, patch)
+    x = x.permute(0, 3, 1, 4, 2, 5)                             # (B, C, rows, p, columns, p)
     return x.reshape(-1, C, H, W)
+
 
 def position_embedding(rows, columns, dim):
     """One fixed vector for each place of a grid, row by row: (rows·columns, dim).
 
-    Half of it encodes the row and half the column. As for t, low frequencies tell far places apart,
-    and high ones tell neighbours apart. Rows are 0, 1, 2, …, so the highest frequency is 1. The
-    lowest is 1/10000 in long texts (Vaswani et al. 2017), and 1/100 is enough for a small grid.
+    Half of it encodes the row and half the column, by sines and cosines (Vaswani et al. 2017,
+    arXiv 1706.03762). As in ConditionEmbedding, low frequencies tell far places apart, and high
+    ones near places. Neighbours differ by 1, so the highest frequency, 1, sets them one radian
+    apart. The lowest is 1/10000 there, for long texts, but 1/100 is enough for small grids.
     """
     assert dim % 4 == 0, f'dim must be divisible by 4, got {dim}'
-    frequencies = torch.logspace(0, -2, dim // 4)                   # 1 … 1/100 radian
-    row = torch.arange(rows).repeat_interleave(columns)             # of 2x3 places: 0 0 0 1 1 1
-    column = torch.arange(columns).repeat(rows)                     # of 2x3 places: 0 1 2 0 1 2
+    frequencies = torch.logspace(0, -2, dim // 4)                   # 1 … 1/100
+    row = torch.arange(rows).repeat_interleave(columns)             # 2x3 places: 0 0 0 1 1 1
+    column = torch.arange(columns).repeat(rows)                     # 2x3 places: 0 1 2 0 1 2
     row_angles = row[:, None] * frequencies                         # (N, dim/4)
     column_angles = column[:, None] * frequencies                   # (N, dim/4)
     return torch.cat([row_angles.sin(), row_angles.cos(),
                       column_angles.sin(), column_angles.cos()], dim=1)     # (N, dim)
 
+
+# ---- Attention and the block ---------------------------------------------------------------------
 class SelfAttention(nn.Module):
     """softmax(Q Kᵀ / √d) V in each head, from tokens h (B, N, dim) to (B, N, dim).
 
-    Every token has a query (what it looks for), a key (what it can be found by) and a value (what
-    it hands over). It gets the mean of all values, weighted by how well their keys fit its query. A
-    head has one set of weights. So several heads look in several ways, each on d = dim/heads
-    numbers of its own, and `proj` mixes what they have found.
+    Every token has a query (what it looks for), a key (what it can be found by) and a value
+    (what it hands over). It gets the mean of all values, weighted by how well their keys fit
+    its query. Each head does this with d = dim/heads entries and attention weights of its own,
+    so that a token can look for several things, and `proj` mixes them.
     """
 
     def __init__(self, dim, heads):
@@ -73,34 +83,35 @@ class SelfAttention(nn.Module):
         B, N, dim = h.shape
         d = dim // self.heads
         qkv = self.qkv(h).reshape(B, N, 3, self.heads, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                # the 3 first: (B, heads, N, d) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, heads, N, d) each
 
-        # Row i of the scores says how well each key fits query i. A sum of d products, each of size
-        # 1 with a random sign, is about √d in size. Undivided, it can drive the softmax to 0 and 1,
-        # where its gradient vanishes.
-        scores = q @ k.transpose(-2, -1) / d ** 0.5         # (B, heads, N, N)
-        h = scores.softmax(dim=-1) @ v                      # (B, heads, N, d)
-        return self.proj(h.transpose(1, 2).reshape(B, N, dim))      # the heads side by side
+        # Row i of the scores says how well each key fits query i. If the entries of q and k are
+        # independent, with mean 0 and variance 1, then q·k has standard deviation √d. Without
+        # the division, it could drive the softmax to 0 and 1, where its gradient vanishes.
+        scores = q @ k.transpose(-2, -1) / d ** 0.5                 # (B, heads, N, N)
+        h = scores.softmax(dim=-1) @ v                              # (B, heads, N, d)
+        return self.proj(h.transpose(1, 2).reshape(B, N, dim))      # heads concatenated
+
 
 def modulate(h, scale, shift):
-    """The affine map by which c acts on tokens h (B, N, dim); scale and shift are (B, 1, dim)."""
-    return (1 + scale) * h + shift                          # so that zeros change nothing
+    """The affine map by which c acts on tokens h (B, N, dim). Zeros would change nothing."""
+    return (1 + scale) * h + shift
+
 
 class DiTBlock(nn.Module):
-    """Attention, then an MLP, from tokens h (B, N, dim) to (B, N, dim), with c (B, dim) injected.
+    """Attention, then an MLP, from tokens h (B, N, dim) to (B, N, dim), given c (B, dim).
 
-    An adaptive layer norm (adaLN) has its scale and shift from c. A gate, from c as well,
-    multiplies what attention or the MLP adds to h. All of them start at 0, hence adaLN-Zero: a new
-    block is the identity, and lets signal and gradient through a deep stack (Peebles & Xie 2023,
-    section 3.2). First the gates learn. Once a gate is not 0, what it multiplies learns too.
+    The layer norm of a token is adaptive (adaLN): c gives its scale and shift, and also a gate,
+    which multiplies what attention or the MLP adds to h. All of these start at 0, hence the
+    Zero: a new block is the identity, which lets signal and gradient through a deep stack.
     """
 
     def __init__(self, dim, heads):
         super().__init__()
-        self.modulation = nn.Linear(dim, 6 * dim)           # scale, shift, gate; scale, shift, gate
+        self.modulation = nn.Linear(dim, 6 * dim)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False)    # no scale and shift of its own
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False)
         self.attention = SelfAttention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
@@ -111,28 +122,31 @@ class DiTBlock(nn.Module):
         h = h + gate1 * self.attention(modulate(self.norm1(h), scale1, shift1))     # across tokens
         return h + gate2 * self.mlp(modulate(self.norm2(h), scale2, shift2))        # in each token
 
+
 class DiT(nn.Module):
-    """The network u_t^θ(x, y), for images x (B, C, H, W), times t (B,) and labels y (B,)."""
+    """The network u_t^θ(x, y), for images x (B, C, H, W), times t (B,) and labels y (B,).
+
+    H and W must be divisible by `patch`. For the VAE's latents, use DiT((4, 8, 8), patch=2).
+    """
 
     def __init__(self, shape=(1, 32, 32), patch=4, dim=128, depth=6, heads=4, num_classes=10):
         super().__init__()
         C, H, W = shape
-        assert H % patch == W % patch == 0, f'{H}x{W} pixels cannot be cut into patches of {patch}'
-        self.shape = tuple(shape)                           # of the noise in `sample`
-        self.null_label = num_classes                       # ∅, for `cfm_loss`
-        self.patch = patch                                  # the side of a patch
-        self.condition = ConditionEmbedding(dim, num_classes)
-
-        # With patchify, this is a convolution after all, but one whose stride is its kernel size.
+        assert H % patch == 0 and W % patch == 0, f'{H}x{W} pixels do not fit patches of {patch}'
+        self.shape = tuple(shape)
+        self.null_label = num_classes                                   # ∅
+        self.patch = patch
+        self.condition = ConditionEmbedding(dim, num_classes)           # t, y to c
         self.first = nn.Linear(C * patch * patch, dim)
-        # Attention does not know where a token is: shuffled tokens give the same results, shuffled.
-        # So each gets its position. A buffer is not trained, but goes to the GPU with the network.
+
+        # Attention does not know where a token is: from shuffled tokens it gives the same
+        # results, shuffled. So each gets its position, in a buffer, which is not trained.
         self.register_buffer('position', position_embedding(H // patch, W // patch, dim))
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
 
-        # With zeros in `last`, a new network predicts u = 0. The gradient of `last` is error times
-        # input, so it moves in the first step. In the second, `first`, `last_modulation` and the
-        # gates move too. In the third the gates are open, and everything moves.
+        # With zeros in `last`, a new network predicts u = 0. In the first step only `last` has
+        # a gradient, because what passes back through it is multiplied by its weight, 0. In the
+        # second the gates have one, too, and once they are open, all layers learn.
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = nn.Linear(dim, 2 * dim)
         self.last = nn.Linear(dim, C * patch * patch)
@@ -144,7 +158,8 @@ class DiT(nn.Module):
         c = self.condition(t, y)                                        # (B, dim)
         h = self.first(patchify(x, self.patch)) + self.position         # tokens, (B, N, dim)
         for block in self.blocks:
-            h = block(h, c)
+            h = block(h, c)                                             # (B, N, dim)
+
         scale, shift = self.last_modulation(c)[:, None].chunk(2, dim=-1)
         patches = self.last(modulate(self.last_norm(h), scale, shift))  # (B, N, C·patch·patch)
         return unpatchify(patches, self.patch, self.shape)              # u, (B, C, H, W)

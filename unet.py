@@ -1,13 +1,15 @@
-"""The U-Net: section 2.1 of the notes, figure 3 (Ronneberger et al. 2015).
+"""The U-Net: section 2.1 of the notes, figure 3 (Ronneberger et al. 2015, arXiv 1505.04597).
 
-A 3x3 convolution widens what a pixel sees by one pixel on each side. But a seven is a seven only as
-a whole. So the encoder halves height and width again and again. After each halving, a pixel is
-twice as wide and high in pixels of the image, and its view grows twice as fast. At the bottom there
-are few pixels, whose many channels tell what the image shows. The decoder doubles the size again.
+A 3x3 convolution widens the receptive field, the part of the image that a pixel depends on, by
+one pixel on each side. But a seven is a seven only as a whole. So the encoder halves height and
+width from level to level. Each time, a pixel comes to stand for twice as many rows and columns
+of the image, and a convolution widens the receptive field by twice as much. At the bottom are
+few pixels, whose many channels tell what the image shows. The decoder doubles the size again.
 
-Halving has lost where exactly each stroke was. Skip connections bring that back. A decoder block
-takes what comes from below and the skip of its level, side by side. It gives the channels of the
-level above. Read the left column downwards and the right one upwards. By default, the outputs are:
+Halving has lost where exactly each stroke was, and skip connections bring that back. On each
+level, a decoder block gets the features from below, concatenated with the skip, and reduces
+them to the channels of the level above. Read the left column downwards, then the right one
+upwards. By default the outputs have these shapes:
 
     encoder                                          decoder
     x             (1, 32, 32)                        u             (1, 32, 32)
@@ -21,79 +23,85 @@ level above. Read the left column downwards and the right one upwards. By defaul
     ↓ block       (128, 4, 4)  ─────── skip ───────> ↑ block       (64, 4, 4)
     └──────────── bottleneck, a block (128, 4, 4) ───┘
 
-At the deepest level there is no halving to undo. It has a skip all the same, so that all levels are
-alike. Its decoder block gets the features from before and from after the bottleneck.
+The deepest level has no halving to make up for. Its skip only makes all levels alike.
 """
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from tinyflow import ConditionEmbedding
 
+
 class ResidualBlock(nn.Module):
-    """Two convolutions and a shortcut around them, with the condition c injected (section 2.1).
+    """Two convolutions and a shortcut around them, with c, the vector of t and y, injected.
 
     It turns features h (B, in_channels, H, W) into (B, out_channels, H, W); c is (B, cond_dim).
     """
 
     def __init__(self, in_channels, out_channels, cond_dim):
         super().__init__()
-        # Group normalisation (Wu & He 2018) in one group, which fits any number of channels. Over
-        # all channels and pixels of an image, the mean becomes 0 and the standard deviation 1.
-        # Unlike batch normalisation, it does not mix the images of a batch.
-        self.norm1 = nn.GroupNorm(1, in_channels)                   # scale and shift are learned
+        # Normalisation gives every convolution inputs of one scale, so that a deep network can
+        # be trained. Group normalisation (Wu & He 2018, arXiv 1803.08494) with one group gives
+        # the channels and pixels of an image together mean 0 and standard deviation 1. Unlike
+        # batch normalisation, it does not mix the images of a batch.
+        self.norm1 = nn.GroupNorm(1, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(1, out_channels, affine=False)    # c gives scale and shift
-        self.modulation = nn.Linear(cond_dim, 2 * out_channels)     # c to scale and shift
+        self.norm2 = nn.GroupNorm(1, out_channels, affine=False)    # modulated by c
+        self.modulation = nn.Linear(cond_dim, 2 * out_channels)     # scale and shift
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        # The shortcut is a 1x1 convolution, or nothing at all where the channels stay the same.
-        if in_channels == out_channels:
-            self.shortcut = nn.Identity()
-        else:
-            self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+        # The shortcut is the identity, or a 1x1 convolution where the channels change.
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
         # With zeros in conv2, a new block is only its shortcut, which lets signal and gradient
-        # through. Its convolutions add only what they have learned.
+        # pass. In training, the convolutions learn what to add.
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, h, c):
         shortcut = self.shortcut(h)                                 # (B, out_channels, H, W)
         h = self.conv1(F.silu(self.norm1(h)))                       # (B, out_channels, H, W)
-        # An affine map injects t and y: c sets a scale and a shift for each channel, the same at
-        # all pixels (FiLM, Perez et al. 2018). With 1 + scale, a scale of 0 changes nothing.
+
+        # An affine map injects t and y: c gives a scale and a shift for each channel, the same
+        # at all pixels (FiLM, Perez et al. 2018, arXiv 1709.07871). Zeros would change nothing.
         scale, shift = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
         h = (1 + scale) * self.norm2(h) + shift                     # scale: (B, out_channels, 1, 1)
         return shortcut + self.conv2(F.silu(h))                     # (B, out_channels, H, W)
 
+
 class UNet(nn.Module):
     """The network u_t^θ(x, y), for images x (B, C, H, W), times t (B,) and labels y (B,).
 
-    By default x is in R^{1x32x32} and y in {0, …, 9, ∅}, as in Lab Three. It takes x of any H and
-    W. `widths` are the channels of each level, from top to bottom.
+    By default x is in R^{1x32x32} and y in {0, …, 9, ∅}, as in Lab Three: the training script
+    pads 28x28 digits to 32x32. Any H and W will do. `widths` are the channels of the levels,
+    from top to bottom, and c is as long as scale and shift of the deepest block together.
     """
 
     def __init__(self, shape=(1, 32, 32), widths=(16, 48, 64, 128), num_classes=10):
         super().__init__()
-        self.shape = tuple(shape)                                   # of the noise in `sample`
-        self.null_label = num_classes                               # ∅, for `cfm_loss`
-        cond_dim = 2 * widths[-1]                                   # like scale and shift
+        self.shape = tuple(shape)
+        self.null_label = num_classes                               # ∅
+        cond_dim = 2 * widths[-1]
         self.condition = ConditionEmbedding(cond_dim, num_classes)
         self.first = nn.Conv2d(shape[0], widths[0], 3, padding=1)
 
-        # An encoder block turns the channels of the level `above` (or of `first`) into `width`. Its
-        # decoder block turns `width` from below and `width` of the skip back into `above`.
+        # Down: a level's encoder block turns the channels of the level above into its `width`.
+        # Up: its decoder block gets `width` channels from below and `width` from the skip, and
+        # gives those of the level above. The deepest comes first, hence the insert.
         self.encoder = nn.ModuleList()
         self.decoder = nn.ModuleList()
         above = widths[0]
         for width in widths:
             self.encoder.append(ResidualBlock(above, width, cond_dim))
-            self.decoder.insert(0, ResidualBlock(2 * width, above, cond_dim))   # deepest first
+            self.decoder.insert(0, ResidualBlock(2 * width, above, cond_dim))
             above = width
         self.bottleneck = ResidualBlock(widths[-1], widths[-1], cond_dim)
 
-        # With zeros in `last`, a new network predicts u = 0. How can it learn? The gradient of
-        # `last` is error times input, so it moves in the first step. In the second, gradients pass
-        # it, and `last_norm`, `first`, the shortcuts and every conv2 move. In the third, all move.
+        # With zeros in `last`, a new network predicts u = 0: no random output to unlearn. In
+        # the first step only `last` has a gradient, because what passes back through it is
+        # multiplied by its weight, 0. In the second conv2 has one, too, in the third all have.
         self.last_norm = nn.GroupNorm(1, widths[0])
         self.last = nn.Conv2d(widths[0], shape[0], 3, padding=1)
         nn.init.zeros_(self.last.weight)
@@ -106,7 +114,7 @@ class UNet(nn.Module):
         skips = []
         for level, block in enumerate(self.encoder):
             if level > 0:
-                h = F.avg_pool2d(h, 2, ceil_mode=True)              # half the size, rounded up
+                h = F.avg_pool2d(h, 2, ceil_mode=True)              # half, rounded up
             h = block(h, c)                                         # (B, width, H', W')
             skips.append(h)
 
@@ -114,7 +122,7 @@ class UNet(nn.Module):
 
         for block in self.decoder:
             skip = skips.pop()                                      # the deepest first
-            h = F.interpolate(h, size=skip.shape[-2:])              # repeats pixels; first: as is
+            h = F.interpolate(h, size=skip.shape[-2:], mode='nearest')
             h = block(torch.cat([h, skip], dim=1), c)               # (B, above, H', W')
 
         return self.last(F.silu(self.last_norm(h)))                 # u, (B, C, H, W)
