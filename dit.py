@@ -14,8 +14,8 @@ From then on the patches meet by self-attention alone, without convolutions. By 
     u (1, 32, 32)
 
 The notes give position, time and label to the blocks together with the tokens. Here the
-position is added to each token, and time and label are injected into every block as one vector
-c, by adaLN-Zero (see DiTBlock). The paper found this better than tokens for time and label.
+position is added to each token, and one vector, c = SiLU(MLP(t) + embedding(y)), is injected
+into every block. This way, adaLN-Zero, was better in the paper than tokens for t and y.
 
 By attention any two patches meet in one layer, while a 3x3 convolution reaches the next pixel.
 The notes add that it scales better. The price: N x N attention weights for N tokens.

@@ -131,7 +131,7 @@ def guided_velocity(model, x, t, y, w):
     would be right. In practice samples fit their label too little: networks underfit, and
     labels of real data are imperfect. So guidance strengthens y by hand, with w > 1.
 
-    In which direction? On the straight path, v = z - ε is also (x - ε) / t. Let 0 < t < 1:
+    In which direction? On the straight path, v = (x - ε) / t. The scores ∇ log p_t tell E[ε|x]:
 
         ∇ log p_t(x|z)    = -ε / (1-t)
         ∇ log p_t(x)      = ∫ ∇ p_t(x|z) p_data(z) dz / p_t(x)
@@ -139,10 +139,10 @@ def guided_velocity(model, x, t, y, w):
         u_t(x)            = E[v|x] = (x + (1-t) ∇ log p_t(x)) / t
         u_t(x|y) - u_t(x) = a_t ∇ log p_t(y|x),    a_t = (1-t)/t
 
-    The last line follows because the others hold given y, too, and log p_t(x|y) is, by Bayes'
-    rule, log p_t(x) + log p_t(y|x) up to a constant. So guidance goes up the gradient of a
-    classifier that nobody trained (a_t as in the English notes), to where x looks more like y.
-    The price is variety: for w > 1, samples are more typical of y than the data.
+    The last line follows because the others hold given y, too, and by Bayes' rule log p_t(x|y)
+    is log p_t(x) + log p_t(y|x) up to a constant. So guidance goes up the gradient of a
+    classifier that nobody trained, to where x looks more like y (a_t is the English notes'
+    name). The price is variety: for w > 1, samples are more typical of y than the data.
     """
     if w == 1:
         return model(x, t, y)                               # one pass is enough

@@ -60,10 +60,10 @@ def vae_loss(vae, x, beta):
         ELBO     = E_q[log p(x|z) + log p(z) - log q(z|x)]
         -ELBO    = E_q ‖x - D(z)‖² / (2s²) + KL(q(z|x) ‖ N(0, I)) + const
 
-    So the ELBO is a lower bound of log p(x), the evidence. Training raises it, the decoder by
-    better images, the encoder by a q closer to the posterior. Our loss is -ELBO times 2s²/d, up
-    to a constant, so beta = 2s². (Not the path's β_t, but, up to a factor, that of the β-VAE,
-    Higgins et al. 2017.)
+    So the ELBO is the evidence lower bound, the evidence being log p(x). Training raises it,
+    the decoder by better images, the encoder by a q closer to the posterior. Our loss is -ELBO
+    times 2s²/d, up to a constant, so beta = 2s². (Not the path's β_t, but, up to a factor, that
+    of the β-VAE, Higgins et al. 2017.)
 
     A flow can learn latents of any distribution, so what is the KL good for? First, its -log σ²
     keeps the clouds q(z|x) from shrinking to points. So the decoder learns to give the same
