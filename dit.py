@@ -15,10 +15,10 @@ From then on the patches meet by self-attention alone, without convolutions. By 
 
 The notes give position, time and label to the blocks together with the tokens. Here the
 position is added to each token, and one vector, c = SiLU(MLP(t) + embedding(y)), is injected
-into every block. This way, adaLN-Zero, was better in the paper than tokens for t and y.
+into every block. This scheme, adaLN-Zero (see DiTBlock), beat tokens for t and y in the paper.
 
-By attention any two patches meet in one layer, while a 3x3 convolution reaches the next pixel.
-The notes add that it scales better. The price: N x N attention weights for N tokens.
+By attention any two patches meet in one layer, while a 3x3 convolution reaches only the next
+pixel. The notes say that it scales better. The price: N x N attention weights for N tokens.
 """
 
 import torch
@@ -50,7 +50,7 @@ def position_embedding(rows, columns, dim):
     Half of it encodes the row and half the column, by sines and cosines (Vaswani et al. 2017,
     arXiv 1706.03762). As in ConditionEmbedding, low frequencies tell far places apart, and high
     ones near places. Neighbours differ by 1, so the highest frequency, 1, sets them one radian
-    apart. The lowest is 1/10000 there, for long texts, but 1/100 is enough for small grids.
+    apart. In that paper the lowest is 1/10000, for long texts; for small grids 1/100 is enough.
     """
     assert dim % 4 == 0, f'dim must be divisible by 4, got {dim}'
     frequencies = torch.logspace(0, -2, dim // 4)                   # 1 … 1/100
@@ -83,18 +83,18 @@ class SelfAttention(nn.Module):
         B, N, dim = h.shape
         d = dim // self.heads
         qkv = self.qkv(h).reshape(B, N, 3, self.heads, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, heads, N, d) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # 3 times (B, heads, N, d)
 
         # Row i of the scores says how well each key fits query i. If the entries of q and k are
-        # independent, with mean 0 and variance 1, then q·k has standard deviation √d. Without
-        # the division, it could drive the softmax to 0 and 1, where its gradient vanishes.
+        # independent, with mean 0 and variance 1, then q·k has standard deviation √d.
+        # Undivided, it could drive the softmax to 0 and 1, where its gradient vanishes.
         scores = q @ k.transpose(-2, -1) / d ** 0.5                 # (B, heads, N, N)
         h = scores.softmax(dim=-1) @ v                              # (B, heads, N, d)
         return self.proj(h.transpose(1, 2).reshape(B, N, dim))      # heads concatenated
 
 
 def modulate(h, scale, shift):
-    """The affine map by which c acts on tokens h (B, N, dim). Zeros would change nothing."""
+    """Scale and shift, (B, 1, dim), act on tokens h (B, N, dim). If both are 0, h stays."""
     return (1 + scale) * h + shift
 
 
@@ -102,8 +102,8 @@ class DiTBlock(nn.Module):
     """Attention, then an MLP, from tokens h (B, N, dim) to (B, N, dim), given c (B, dim).
 
     The layer norm of a token is adaptive (adaLN): c gives its scale and shift, and also a gate,
-    which multiplies what attention or the MLP adds to h. All of these start at 0, hence the
-    Zero: a new block is the identity, which lets signal and gradient through a deep stack.
+    which multiplies what attention or the MLP adds to h. All of these start at 0 (adaLN-Zero):
+    a new block is the identity, which lets signal and gradient through a deep stack.
     """
 
     def __init__(self, dim, heads):
@@ -140,13 +140,13 @@ class DiT(nn.Module):
         self.first = nn.Linear(C * patch * patch, dim)
 
         # Attention does not know where a token is: from shuffled tokens it gives the same
-        # results, shuffled. So each gets its position, in a buffer, which is not trained.
+        # results, shuffled. So each token's position is added. As a buffer, it is not trained.
         self.register_buffer('position', position_embedding(H // patch, W // patch, dim))
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
 
         # With zeros in `last`, a new network predicts u = 0. In the first step only `last` has
-        # a gradient, because what passes back through it is multiplied by its weight, 0. In the
-        # second the gates have one, too, and once they are open, all layers learn.
+        # a gradient: what passes back through it is multiplied by its weight, 0. In the second
+        # the gates have one, too, and once these are open, all layers learn.
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = nn.Linear(dim, 2 * dim)
         self.last = nn.Linear(dim, C * patch * patch)

@@ -16,7 +16,7 @@ regression (flow matching, Lipman et al. 2022, arXiv 2210.02747). The whole meth
     t         time: 0 is pure noise, 1 is data                                  (B,)
     x         X_t, a point between noise and data                               like z
     u         a velocity at x; u_target is u_t^target(x|z)                      like z
-    w         guidance scale: 0 ignores y, 1 is conditional, above 1 is guided  a number
+    w         guidance scale: 0 ignores y, 1 is conditional, above 1 favours y  a number
 
 A model is any nn.Module with forward(x, t, y) -> u, which is u_t^θ(x, y), and two attributes:
 `shape`, that of one data point, (C, H, W) or (2,) in the plane, and `null_label` = num_classes,
@@ -25,7 +25,7 @@ for ∅, "no label". If your labels began at 1, the last class would be taken fo
 "Conditional" has two meanings: on one data point z, as in p_t(x|z) and u_t^target(x|z), or on a
 label y, as in p_data(z|y) and the marginal field u_t^target(x|y), a mean over all z. For "on a
 label" the English notes (Holderrieth & Erives, arXiv 2506.02070) say "guided", as in
-L_CFM^guided. From them are ε, α and β; section numbers are those of the Chinese notes.
+L_CFM^guided. ε, α and β are theirs, too. Section numbers are those of the Chinese notes.
 """
 
 import torch
@@ -102,9 +102,9 @@ def cfm_loss(model, z, y, p_drop=0.1):
     lecture proves by the continuity equation. Nobody has to compute the integral: we regress on
     the velocity of one z at a time, and learn the mean velocity of all.
 
-    So the loss never reaches 0. Its minimum is the mean of E ‖v - E v‖², the variance of v that
-    remains when x, t and y are known. With dropped labels, it is 1 - p_drop times the loss with
-    true labels, plus p_drop times that with ∅.
+    So the loss stays above 0, unless each y has a single z. Its minimum is the mean of
+    E ‖v - E v‖², the variance of v that remains when x, t and y are known. With dropped labels,
+    the loss is 1 - p_drop times that with true labels, plus p_drop times that with ∅.
     """
     assert z.is_floating_point() and z.shape[1:] == tuple(model.shape), (
         f'z must be float of shape (B, *{tuple(model.shape)}), not {z.dtype} {tuple(z.shape)}')
@@ -131,18 +131,19 @@ def guided_velocity(model, x, t, y, w):
     would be right. In practice samples fit their label too little: networks underfit, and
     labels of real data are imperfect. So guidance strengthens y by hand, with w > 1.
 
-    In which direction? On the straight path, v = (x - ε) / t. The scores ∇ log p_t tell E[ε|x]:
+    In which direction? On the straight path, x = ε + t v, so v = (x - ε) / t. With the scores
+    ∇ log p_t:
 
         ∇ log p_t(x|z)    = -ε / (1-t)
         ∇ log p_t(x)      = ∫ ∇ p_t(x|z) p_data(z) dz / p_t(x)
                           = E[∇ log p_t(x|z) | x] = -E[ε|x] / (1-t)
         u_t(x)            = E[v|x] = (x + (1-t) ∇ log p_t(x)) / t
-        u_t(x|y) - u_t(x) = a_t ∇ log p_t(y|x),    a_t = (1-t)/t
+        u_t(x|y) - u_t(x) = a_t ∇ log p_t(y|x),    a_t = (1-t)/t,    0 < t < 1
 
-    The last line follows because the others hold given y, too, and by Bayes' rule log p_t(x|y)
-    is log p_t(x) + log p_t(y|x) up to a constant. So guidance goes up the gradient of a
-    classifier that nobody trained, to where x looks more like y (a_t is the English notes'
-    name). The price is variety: for w > 1, samples are more typical of y than the data.
+    The last follows as the others hold given y, too, and log p_t(x|y) is
+    log p_t(x) + log p_t(y|x) up to a constant. So guidance goes up the gradient of a classifier
+    that nobody trained, to where x looks more like y (a_t is the name in the English notes of
+    2026). The price is variety: for w > 1, samples are more typical of y than real data.
     """
     if w == 1:
         return model(x, t, y)                               # one pass is enough
@@ -174,7 +175,7 @@ def euler(velocity, x, steps):
 def sample(model, y, *, w=1.0, steps=50, noise=None):
     """Algorithm 1: a sample X_1, of model.shape, for each label of y (B,).
 
-    The default w = 1 is plain conditional generation. The notes ask for w > 1. `noise` is X_0.
+    w = 1, the default, does not guide. For Algorithm 1 as in the notes, w > 1. `noise` is X_0.
     """
     assert ((y >= 0) & (y <= model.null_label)).all(), (
         f'labels are 0 to {model.null_label} (the last is "no label"), got {y.tolist()}')
@@ -186,7 +187,7 @@ def sample(model, y, *, w=1.0, steps=50, noise=None):
 
 # ---- 2.1 Time and label as a vector --------------------------------------------------------------
 class ConditionEmbedding(nn.Module):
-    """t and y, both (B,), as one vector c (B, dim) for each block of the U-Net and the DiT."""
+    """t and y, both (B,), as one vector c (B, dim), the same for all blocks of a network."""
 
     def __init__(self, dim, num_classes):
         super().__init__()
@@ -240,7 +241,7 @@ if __name__ == '__main__':
         x = sample(model, torch.full((4000,), 1), w=w)
 
         # A histogram of 48 x 12 cells. The more samples a cell has, the darker its character,
-        # from ' ' to '@', and the rows are printed with y upwards.
+        # from ' ' to '@'. The second coordinate points upwards.
         counts = torch.histogramdd(x, bins=[48, 12], range=[-3.0, 3.0, -1.5, 1.5]).hist
         levels = (6 * counts / counts.max()).ceil().int()   # 0 … 6, (48, 12)
         for row in levels.T.flip(0):

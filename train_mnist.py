@@ -9,7 +9,7 @@ On two cores of a laptop the first command takes about 12 minutes, and its first
 after four. A run that was stopped cannot be continued, but --prompt draws with the network of
 its last finished epoch. All files lie in out/. NAME is unet, dit, unet_latent or dit_latent:
 
-    NAME.pt              the checkpoint after each epoch; NAME_before.pt is an earlier run's
+    NAME.pt              the checkpoint of the last epoch (of an earlier run: NAME_before.pt)
     NAME_epoch1.png      the ten digits after epoch 1 (then 2, ...), as in figure 2 of the notes
     NAME_path.png        X_t from noise to digit: a row for each digit, a column for each time
     NAME_vae.png         with --latent: test digits above their reconstructions by the VAE
@@ -35,7 +35,7 @@ from vae import VAE, reparameterize, vae_loss
 
 # ---- Settings ------------------------------------------------------------------------------------
 # The four runs: a network, and how many epochs (passes over all images) it is trained. A latent
-# is like an image of 8x8 pixels with 4 channels: two levels, or patches of 2x2, suit it better.
+# is only (4, 8, 8). So the U-Net has two levels there, not four, and the DiT patches of 2x2.
 RUNS = {
     'unet': dict(build=UNet, epochs=3),
     'dit': dict(build=DiT, epochs=3),
@@ -46,8 +46,8 @@ RUNS = {
 # The VAE has settings of its own. `vae_loss` tells why beta, the weight of the KL, is small.
 VAE_RUN = dict(epochs=2, batch_size=32, peak=2e-3, beta=1e-3)
 
-# Adam (arXiv 1412.6980) divides by an exponential moving average of the gradient's size. The
-# usual 0.999 would remember 1,000 steps, a third of a default run, and 0.99 remembers 100.
+# Adam (arXiv 1412.6980) divides by the root of a moving average of the squared gradient. Its
+# usual 0.999 would remember 1,000 steps, a third of a default run. 0.99 remembers 100.
 ADAM_BETAS = (0.9, 0.99)
 
 
@@ -94,14 +94,14 @@ def train(model, vae, data, args):
     step, start = 0, time.perf_counter()
 
     for epoch in range(1, epochs + 1):
-        model.train()                                                       # for your Dropout
+        model.train()                                                       # for Dropout only
         for batch in torch.randperm(len(x_train), device=device).split(batch_size):
             # A minibatch (z, y) ~ p_data. With a VAE, z is the latent of an image x, else x.
             x, y = to_model(x_train[batch]), y_train[batch]                 # (B, C, H, W), (B,)
             z = encode(vae, x)
 
             # The loss of 1.1, with one label in ten dropped (1.2.2). A new network predicts 0,
-            # so its first loss is the mean of (z - ε)², which is E z² + 1: 1.94 on pixels.
+            # so its first loss is the mean of (z - ε)², E z² + 1. On pixels this is 1.94.
             loss = cfm_loss(model, z, y)
             optimizer.zero_grad()
             loss.backward()
@@ -111,10 +111,10 @@ def train(model, vae, data, args):
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
             optimizer.param_groups[0]['lr'] = learning_rate(step, total, peak)
             optimizer.step()
+            losses[step] = loss.detach()
             step += 1
 
-            # Reading a loss waits for the GPU, so this is done rarely, and before the clock.
-            losses[step - 1] = loss.detach()
+            # Reading a loss waits for the GPU. So it is read rarely, and then the clock.
             if step == 1 or step % 50 == 0:
                 recent = losses[max(0, step - 50):step].mean().item()
                 assert math.isfinite(recent), f'the loss is {recent}: try a lower --lr'
@@ -122,8 +122,8 @@ def train(model, vae, data, args):
                 print(f'step {step} of {total}, loss {recent:.4f}, {batch_size / per_step:.0f} '
                       f'img/s, {per_step * (total - step) / 60:.1f} min left', flush=True)
 
-        # The held-out loss is that of 2,000 digits which are never trained on. The checkpoint
-        # is saved before the picture is drawn: a mistake in drawing must not cost the epoch.
+        # The held-out loss, with new t, ε and ∅, on 2,000 digits which are never trained on.
+        # The checkpoint is saved before the picture: drawing must not cost the epoch.
         model.eval()
         with torch.no_grad():
             parts = zip(x_test[:2000].split(250), y_test[:2000].split(250))
@@ -139,9 +139,9 @@ def train(model, vae, data, args):
 def learning_rate(step, total, peak):
     """The learning rate of step = 0, 1, …, total - 1: a linear warmup times a cosine decay.
 
-    Adam's first steps are of full size, while its estimate of the gradient's size rests on few
-    gradients. That is why we warm up, over a twentieth of the run. Later the noise of
-    minibatches makes the weights jump around a good place, and the jumps shrink with the rate.
+    Adam's first steps are as long as any, but the average that scales them holds few gradients.
+    So we warm up, over a twentieth of the run. Later the noise of minibatches makes the weights
+    jump around a good place. So we let the rate decay, and the jumps shrink.
     """
     warmup = min(1, (step + 1) / (0.05 * total))
     decay = (1 + math.cos(math.pi * step / total)) / 2
@@ -214,8 +214,8 @@ def draw_path(file, model, vae, y, w, steps, seed):
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(y), *model.shape, generator=generator).to(y.device)     # as in draw
     states = euler(lambda x, t: guided_velocity(model, x, t, y, w), noise, steps)
-    columns = [to_pixels(decode(vae, states[k * steps // 8])) for k in range(9)]    # t ≈ k/8
-    save_picture(file, torch.stack(columns, dim=1).flatten(0, 1), columns=9)
+    times = [to_pixels(decode(vae, states[k * steps // 8])) for k in range(9)]      # t ≈ k/8
+    save_picture(file, torch.stack(times, dim=1).flatten(0, 1), columns=9)
 
 
 # ---- Checkpoints, data and pictures --------------------------------------------------------------
@@ -226,7 +226,7 @@ def save_checkpoint(model, vae, losses, held_out, args):
                       model=model.state_dict(), vae=vae.state_dict() if vae else None)
     # Written beside its place and then moved, the file is never half written.
     torch.save(checkpoint, f'{args.stem}.tmp')
-    if len(held_out) == 1 and os.path.exists(f'{args.stem}.pt'):            # of an earlier run
+    if len(held_out) == 1 and os.path.exists(f'{args.stem}.pt'):            # epoch 1
         os.replace(f'{args.stem}.pt', f'{args.stem}_before.pt')
     os.replace(f'{args.stem}.tmp', f'{args.stem}.pt')
 
@@ -291,7 +291,7 @@ def save_png(file, pixels):
 
     H, W, _ = pixels.shape
     header = struct.pack('>IIBBBBB', W, H, 8, 2, 0, 0, 0)                   # 8 bits each, RGB
-    rows = np.pad(np.asarray(pixels).reshape(H, 3 * W), ((0, 0), (1, 0)))   # filter 0
+    rows = np.pad(np.asarray(pixels).reshape(H, 3 * W), ((0, 0), (1, 0)))   # 0: no filter
     with open(file, 'wb') as png:
         png.write(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
                   + chunk(b'IDAT', zlib.compress(rows.tobytes())) + chunk(b'IEND', b''))

@@ -23,7 +23,7 @@ upwards. By default the outputs have these shapes:
     ↓ block       (128, 4, 4)  ─────── skip ───────> ↑ block       (64, 4, 4)
     └──────────── bottleneck, a block (128, 4, 4) ───┘
 
-The deepest level has no halving to make up for. Its skip only makes all levels alike.
+Nothing is halved below the deepest level. Its skip is there to make all levels alike.
 """
 
 import torch
@@ -41,7 +41,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels, cond_dim):
         super().__init__()
-        # Normalisation gives every convolution inputs of one scale, so that a deep network can
+        # Normalisation gives both convolutions inputs of one scale, so that a deep network can
         # be trained. Group normalisation (Wu & He 2018, arXiv 1803.08494) with one group gives
         # the channels and pixels of an image together mean 0 and standard deviation 1. Unlike
         # batch normalisation, it does not mix the images of a batch.
@@ -65,7 +65,7 @@ class ResidualBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(h)))                       # (B, out_channels, H, W)
 
         # An affine map injects t and y: c gives a scale and a shift for each channel, the same
-        # at all pixels (FiLM, Perez et al. 2018, arXiv 1709.07871). Zeros would change nothing.
+        # at all pixels (FiLM, Perez et al. 2018, arXiv 1709.07871). If both are 0, norm2 stays.
         scale, shift = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
         h = (1 + scale) * self.norm2(h) + shift                     # scale: (B, out_channels, 1, 1)
         return shortcut + self.conv2(F.silu(h))                     # (B, out_channels, H, W)
@@ -76,7 +76,7 @@ class UNet(nn.Module):
 
     By default x is in R^{1x32x32} and y in {0, …, 9, ∅}, as in Lab Three: the training script
     pads 28x28 digits to 32x32. Any H and W will do. `widths` are the channels of the levels,
-    from top to bottom, and c is as long as scale and shift of the deepest block together.
+    from top to bottom. c has as many entries as the widest block has scales and shifts.
     """
 
     def __init__(self, shape=(1, 32, 32), widths=(16, 48, 64, 128), num_classes=10):
@@ -89,10 +89,10 @@ class UNet(nn.Module):
 
         # Down: a level's encoder block turns the channels of the level above into its `width`.
         # Up: its decoder block gets `width` channels from below and `width` from the skip, and
-        # gives those of the level above. The deepest comes first, hence the insert.
+        # gives those of the level above. It is put in front, since forward goes upwards.
         self.encoder = nn.ModuleList()
         self.decoder = nn.ModuleList()
-        above = widths[0]
+        above = widths[0]                                           # from `first`
         for width in widths:
             self.encoder.append(ResidualBlock(above, width, cond_dim))
             self.decoder.insert(0, ResidualBlock(2 * width, above, cond_dim))
@@ -100,8 +100,8 @@ class UNet(nn.Module):
         self.bottleneck = ResidualBlock(widths[-1], widths[-1], cond_dim)
 
         # With zeros in `last`, a new network predicts u = 0: no random output to unlearn. In
-        # the first step only `last` has a gradient, because what passes back through it is
-        # multiplied by its weight, 0. In the second conv2 has one, too, in the third all have.
+        # the first step only `last` has a gradient: what passes back is multiplied by its
+        # weight, 0. In the second conv1 and c still have none, behind the zeros of conv2.
         self.last_norm = nn.GroupNorm(1, widths[0])
         self.last = nn.Conv2d(widths[0], shape[0], 3, padding=1)
         nn.init.zeros_(self.last.weight)

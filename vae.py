@@ -1,7 +1,7 @@
 """The variational autoencoder (VAE) of latent diffusion: section 2.3 of the notes, figure 5.
 
-Most numbers of an image only describe fine detail, but on pixels each step of the flow computes
-them all. So an autoencoder is trained first (Kingma & Welling 2013, arXiv 1312.6114). Its
+Most numbers of an image only describe fine detail, but a flow on pixels computes them all in
+each step. So an autoencoder is trained first (Kingma & Welling 2013, arXiv 1312.6114). Its
 encoder E squeezes an image x into a small latent z, its decoder D paints the image back, and
 the flow runs on latents (latent diffusion, Rombach et al. 2022, arXiv 2112.10752). As in
 section 2.3, x is an image in this file, and not the X_t of a flow:
@@ -10,13 +10,13 @@ section 2.3, x is an image in this file, and not the X_t of a flow:
     train the flow       x ── E ──> mean, logvar ── draw ──> z, a data point for cfm_loss
     generate images      noise ── the flow ──> z̃ ── D ──> x̃
 
-A latent (4, 8, 8) has 256 numbers for the 1,024 of an image. E gives a mean and a variance σ²
-for each of them, with logvar = log σ². Then z is drawn from q(z|x) = N(mean, σ²), each number
-independently, so the latent of an image is a small cloud.
+A latent (4, 8, 8) has 256 numbers, and an image 1,024. For each of the 256, E gives a mean and
+logvar = log σ², with a variance σ². Then z is drawn from q(z|x) = N(mean, σ²), each number on
+its own. So E does not give one point for an image, but a small cloud.
 
 Once trained, the VAE is frozen (by `train_vae`). If the flow's loss could change the encoder,
-it would move all latents to one point z. Then X_t = t z + (1-t) ε tells ε, and so the velocity:
-the loss is 0, and nothing is learned.
+it would move all latents to one point z. Then X_t = t z + (1-t) ε gives away ε, and with it the
+velocity z - ε: the loss falls to 0, and z says nothing about x.
 """
 
 import torch
@@ -31,14 +31,14 @@ def reparameterize(mean, logvar):
     must be positive, and log σ² may be any number.
     """
     sigma = (logvar / 2).exp()
-    return mean + sigma * torch.randn_like(mean)            # z
+    return mean + sigma * torch.randn_like(mean)            # mean + σ ε
 
 
 def kl_divergence(mean, logvar):
     """KL(N(mean, σ²) ‖ N(0, I)) = ½ Σ (mean² + σ² - 1 - log σ²) of each image: (B,).
 
-    The Kullback-Leibler divergence KL(q ‖ p), the mean of log q - log p over q, says how far q
-    is from p. It is never negative, and 0 only if q = p.
+    The Kullback-Leibler divergence KL(q ‖ p), the mean over q of log q - log p, says how far q
+    is from p. It is never negative, and 0 only if q = p. Here mean² + σ² comes from -log p.
     """
     per_number = (mean.square() + logvar.exp() - 1 - logvar) / 2
     return per_number.flatten(1).sum(dim=1)
@@ -50,33 +50,32 @@ def vae_loss(vae, x, beta):
         loss = mse + beta · kl / d,    d = C·H·W
 
     with `mse` the mean squared error, and `kl` a mean over images. Where does it come from? We
-    want to make the images likely. Let p(z) = N(0, I) be the prior, and p(x|z) = N(D(z), s² I).
-    Then p(x) is an integral out of reach. But for every z it is also p(x|z) p(z) / p(z|x). Take
-    logarithms, add and subtract log q(z|x), and take the mean E_q over z ~ q(z|x). The unknown
-    posterior p(z|x) ends up in a KL that can be dropped:
+    want to make the images likely. Let p(z) = N(0, I) be the prior, and p(x|z) = N(D(z), s² I)
+    with a fixed s. The integral p(x) is out of reach, but Bayes' rule holds for every z. Take
+    logarithms, add and subtract log q(z|x), and take the mean E_q over z ~ q(z|x):
 
-        p(x)     = ∫ p(x|z) p(z) dz
+        p(x)     = ∫ p(x|z) p(z) dz = p(x|z) p(z) / p(z|x)
         log p(x) = ELBO + KL(q(z|x) ‖ p(z|x))
         ELBO     = E_q[log p(x|z) + log p(z) - log q(z|x)]
         -ELBO    = E_q ‖x - D(z)‖² / (2s²) + KL(q(z|x) ‖ N(0, I)) + const
 
-    So the ELBO is the evidence lower bound, the evidence being log p(x). Training raises it,
-    the decoder by better images, the encoder by a q closer to the posterior. Our loss is -ELBO
-    times 2s²/d, up to a constant, so beta = 2s². (Not the path's β_t, but, up to a factor, that
-    of the β-VAE, Higgins et al. 2017.)
+    The KL to the unknown posterior p(z|x) is never negative. Without it, the evidence lower
+    bound (ELBO) of log p(x) is left. Training raises it, the decoder by better images, the
+    encoder by a q closer to the posterior. Our loss is -ELBO times 2s²/d, up to a constant, so
+    beta = 2s². (Not the path's β_t. Up to a factor, that of the β-VAE, Higgins et al. 2017.)
 
     A flow can learn latents of any distribution, so what is the KL good for? First, its -log σ²
     keeps the clouds q(z|x) from shrinking to points. So the decoder learns to give the same
     image for a whole cloud, and forgives the flow's small errors. Second, it sets the scale.
     Multiply all latents by a, and let the decoder divide by a: only the KL changes. Averaged
-    over images and numbers it is
+    over images and the numbers of z it is
 
         KL(a) = ½ (a² m - 1 - log a² - average of log σ²),    m = average of (mean² + σ²)
 
-    which is lowest at a² = 1/m, whatever beta > 0. At an optimum no scale helps, so m, the mean
+    which is lowest at a² = 1/m for every beta > 0. At an optimum a = 1 is best, so m, the mean
     square of z, must be 1, like that of the noise that the flow mixes latents with. But beta
     must be small. With a larger one the clouds of different images would overlap, and the
-    decoder would paint their average, a blur that no flow can undo.
+    decoder would paint an average of the images, a blur that no flow can undo.
     """
     mean, logvar = vae.encode(x)
     z = reparameterize(mean, logvar)                        # one draw for E_q
@@ -88,8 +87,8 @@ def vae_loss(vae, x, beta):
 class VAE(nn.Module):
     """Images (B, C, H, W), in [-1, 1], to latents (B, latent_channels, H/4, W/4) and back.
 
-    There is no forward: call `encode` and `decode`. `width` is the number of channels at half
-    the size. The attribute `latent_shape` is the `shape` of the flow's network.
+    Call `encode` and `decode`. `width` is the number of channels at half the size. The flow's
+    network takes `latent_shape` as its `shape`.
     """
 
     def __init__(self, shape=(1, 32, 32), latent_channels=4, width=32):
