@@ -131,8 +131,7 @@ def guided_velocity(model, x, t, y, w):
     would be right. In practice samples fit their label too little: networks underfit, and
     labels of real data are imperfect. So guidance strengthens y by hand, with w > 1.
 
-    In which direction? On the straight path, x = ε + t v, so v = (x - ε) / t. With the scores
-    ∇ log p_t:
+    In which direction? On the straight path, v = (x - ε) / t. The scores ∇ log p_t give E[ε|x]:
 
         ∇ log p_t(x|z)    = -ε / (1-t)
         ∇ log p_t(x)      = ∫ ∇ p_t(x|z) p_data(z) dz / p_t(x)
