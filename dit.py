@@ -18,7 +18,7 @@ position is added to each token, and one vector, c = SiLU(MLP(t) + embedding(y))
 into every block. This scheme, adaLN-Zero (see DiTBlock), beat tokens for t and y in the paper.
 
 By attention any two patches meet in one layer, while a 3x3 convolution reaches only the next
-pixel. The notes say that it scales better. The price: N x N attention weights for N tokens.
+pixel. The notes say that attention scales better. Its price: N x N weights for N tokens.
 """
 
 import torch
@@ -83,7 +83,7 @@ class SelfAttention(nn.Module):
         B, N, dim = h.shape
         d = dim // self.heads
         qkv = self.qkv(h).reshape(B, N, 3, self.heads, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # 3 times (B, heads, N, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, heads, N, d) each
 
         # Row i of the scores says how well each key fits query i. If the entries of q and k are
         # independent, with mean 0 and variance 1, then q·k has standard deviation √d.
@@ -145,7 +145,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
 
         # With zeros in `last`, a new network predicts u = 0. In the first step only `last` has
-        # a gradient: what passes back through it is multiplied by its weight, 0. In the second
+        # a gradient: what passes back through it is multiplied by its weight, 0. In the second,
         # the gates have one, too, and once these are open, all layers learn.
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = nn.Linear(dim, 2 * dim)

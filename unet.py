@@ -65,7 +65,7 @@ class ResidualBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(h)))                       # (B, out_channels, H, W)
 
         # An affine map injects t and y: c gives a scale and a shift for each channel, the same
-        # at all pixels (FiLM, Perez et al. 2018, arXiv 1709.07871). If both are 0, norm2 stays.
+        # at all pixels (FiLM, Perez et al. 2018, arXiv 1709.07871). Zeros leave norm2(h) alone.
         scale, shift = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
         h = (1 + scale) * self.norm2(h) + shift                     # scale: (B, out_channels, 1, 1)
         return shortcut + self.conv2(F.silu(h))                     # (B, out_channels, H, W)
@@ -76,12 +76,12 @@ class UNet(nn.Module):
 
     By default x is in R^{1x32x32} and y in {0, …, 9, ∅}, as in Lab Three: the training script
     pads 28x28 digits to 32x32. Any H and W will do. `widths` are the channels of the levels,
-    from top to bottom. c has as many entries as the widest block has scales and shifts.
+    from top to bottom. c has as many numbers as scale and shift of the bottleneck together.
     """
 
     def __init__(self, shape=(1, 32, 32), widths=(16, 48, 64, 128), num_classes=10):
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape = tuple(shape)                                   # for `sample`
         self.null_label = num_classes                               # ∅
         cond_dim = 2 * widths[-1]
         self.condition = ConditionEmbedding(cond_dim, num_classes)
@@ -89,7 +89,7 @@ class UNet(nn.Module):
 
         # Down: a level's encoder block turns the channels of the level above into its `width`.
         # Up: its decoder block gets `width` channels from below and `width` from the skip, and
-        # gives those of the level above. It is put in front, since forward goes upwards.
+        # gives those of the level above. insert(0, …) puts the deepest first, as forward needs.
         self.encoder = nn.ModuleList()
         self.decoder = nn.ModuleList()
         above = widths[0]                                           # from `first`
@@ -101,7 +101,7 @@ class UNet(nn.Module):
 
         # With zeros in `last`, a new network predicts u = 0: no random output to unlearn. In
         # the first step only `last` has a gradient: what passes back is multiplied by its
-        # weight, 0. In the second conv1 and c still have none, behind the zeros of conv2.
+        # weight, 0. In the second, conv1 and c still have none, behind the zeros of conv2.
         self.last_norm = nn.GroupNorm(1, widths[0])
         self.last = nn.Conv2d(widths[0], shape[0], 3, padding=1)
         nn.init.zeros_(self.last.weight)

@@ -1,10 +1,10 @@
 """The variational autoencoder (VAE) of latent diffusion: section 2.3 of the notes, figure 5.
 
-Most numbers of an image only describe fine detail, but a flow on pixels computes them all in
-each step. So an autoencoder is trained first (Kingma & Welling 2013, arXiv 1312.6114). Its
-encoder E squeezes an image x into a small latent z, its decoder D paints the image back, and
-the flow runs on latents (latent diffusion, Rombach et al. 2022, arXiv 2112.10752). As in
-section 2.3, x is an image in this file, and not the X_t of a flow:
+Neighbouring pixels repeat each other, but a flow on pixels computes every one of them in each
+step. So an autoencoder is trained first (Kingma & Welling 2013, arXiv 1312.6114). Its encoder
+E squeezes an image x into a small latent z, its decoder D paints the image back, and the flow
+runs on latents (latent diffusion, Rombach et al. 2022, arXiv 2112.10752). As in section 2.3, x
+is an image in this file, and not the X_t of a flow:
 
     train the VAE        x ── E ──> mean, logvar ── draw ──> z ── D ──> a reconstruction of x
     train the flow       x ── E ──> mean, logvar ── draw ──> z, a data point for cfm_loss
@@ -38,7 +38,7 @@ def kl_divergence(mean, logvar):
     """KL(N(mean, σ²) ‖ N(0, I)) = ½ Σ (mean² + σ² - 1 - log σ²) of each image: (B,).
 
     The Kullback-Leibler divergence KL(q ‖ p), the mean over q of log q - log p, says how far q
-    is from p. It is never negative, and 0 only if q = p. Here mean² + σ² comes from -log p.
+    is from p: it is never negative, and 0 only if q = p. (-log p gives mean² + σ² here.)
     """
     per_number = (mean.square() + logvar.exp() - 1 - logvar) / 2
     return per_number.flatten(1).sum(dim=1)
@@ -59,10 +59,10 @@ def vae_loss(vae, x, beta):
         ELBO     = E_q[log p(x|z) + log p(z) - log q(z|x)]
         -ELBO    = E_q ‖x - D(z)‖² / (2s²) + KL(q(z|x) ‖ N(0, I)) + const
 
-    The KL to the unknown posterior p(z|x) is never negative. Without it, the evidence lower
-    bound (ELBO) of log p(x) is left. Training raises it, the decoder by better images, the
+    The KL to the unknown posterior p(z|x) is never negative, so the ELBO is a lower bound of
+    the evidence log p(x), hence its name. Training raises it, the decoder by better images, the
     encoder by a q closer to the posterior. Our loss is -ELBO times 2s²/d, up to a constant, so
-    beta = 2s². (Not the path's β_t. Up to a factor, that of the β-VAE, Higgins et al. 2017.)
+    beta = 2s². (Not the path's β_t, but up to a factor the β of β-VAEs, Higgins et al. 2017.)
 
     A flow can learn latents of any distribution, so what is the KL good for? First, its -log σ²
     keeps the clouds q(z|x) from shrinking to points. So the decoder learns to give the same
@@ -72,10 +72,10 @@ def vae_loss(vae, x, beta):
 
         KL(a) = ½ (a² m - 1 - log a² - average of log σ²),    m = average of (mean² + σ²)
 
-    which is lowest at a² = 1/m for every beta > 0. At an optimum a = 1 is best, so m, the mean
-    square of z, must be 1, like that of the noise that the flow mixes latents with. But beta
-    must be small. With a larger one the clouds of different images would overlap, and the
-    decoder would paint an average of the images, a blur that no flow can undo.
+    which is lowest at a² = 1/m, however small beta is. At an optimum no a beats a = 1, so m,
+    the mean square of z, must be 1, like that of the noise that the flow mixes latents with.
+    But beta must be small. With a larger one the clouds of different images would overlap, and
+    the decoder would paint an average of the images, a blur that no flow can undo.
     """
     mean, logvar = vae.encode(x)
     z = reparameterize(mean, logvar)                        # one draw for E_q
