@@ -187,8 +187,9 @@ def test_guidance_follows_the_gradient_of_a_classifier():
     log_p = log_posterior(x, t)[torch.arange(8), y].sum()
     gradient, = torch.autograd.grad(log_p, x)
     push = ((1 - t) / t)[:, None] * gradient                # a_t ∇ log p_t(y|x)
-    u = guided_velocity(Field(), x, t, y, w=3)
-    assert torch.allclose(u, exact_field(x, t, y) + (3 - 1) * push, atol=1e-4)
+    for w in (0.5, 2, 3):
+        u = guided_velocity(Field(), x, t, y, w)
+        assert torch.allclose(u, exact_field(x, t, y) + (w - 1) * push, atol=1e-4)
 
 
 def test_euler_returns_all_states_from_the_first_to_the_last():
