@@ -39,7 +39,7 @@ def gaussian_path(t):
 
     At t = 0 the path must be pure noise, so α_0 = 0 and β_0 = 1. At t = 1 it must be z, so
     α_1 = 1 and β_1 = 0. In between any smooth α and β will do, as long as β > 0 before t = 1.
-    These are the simplest: from ε to z on a straight line, at constant speed. Try others here.
+    These two move x on a straight line (rectified flow, arXiv 2209.03003). Try others here.
     """
     alpha, d_alpha = t, torch.ones_like(t)
     beta, d_beta = 1 - t, -torch.ones_like(t)
@@ -141,8 +141,8 @@ def guided_velocity(model, x, t, y, w):
 
     The last follows as the others hold given y, too, and log p_t(x|y) is
     log p_t(x) + log p_t(y|x) up to a constant. So guidance goes up the gradient of a classifier
-    that nobody trained, to where x looks more like y (a_t is the name in the English notes of
-    2026). The price is variety: for w > 1, samples are more typical of y than real data.
+    that nobody trained, to where x looks more like y (a_t as in the English notes of 2026). The
+    price: for w > 1, samples follow no known path, and are more typical of y than real data.
     """
     if w == 1:
         return model(x, t, y)                               # one pass is enough
