@@ -5,8 +5,8 @@
     python train_mnist.py --latent           a VAE first, then the U-Net on its latents (2.3)
     python train_mnist.py --prompt 314       no training: the trained U-Net draws these digits
 
-On two CPU cores the first command takes about 12 minutes, and its first digits appear after
-four. A run that was stopped cannot be continued, but --prompt draws with the network of its
+On two CPU cores the first command takes 12 to 15 minutes, and its first digits appear within
+five. A run that was stopped cannot be continued, but --prompt draws with the network of its
 last finished epoch. All files lie in out/. NAME is unet, dit, unet_latent or dit_latent:
 
     NAME.pt              the checkpoint of the last epoch (of an earlier run: NAME_before.pt)
