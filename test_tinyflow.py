@@ -640,16 +640,18 @@ def test_the_learning_rate_is_a_linear_warmup_times_a_cosine_decay():
 def test_each_step_of_vae_and_flow_has_its_own_gradient_of_length_1_at_most_and_its_rate(
         factor, run, digits, tmp_path, monkeypatch):
     class Watched(torch.optim.Adam):
+        """Adam, which writes down the norm of each gradient and each learning rate."""
         def step(self):
             gradients = [parameter.grad for parameter in self.param_groups[0]['params']]
             norms.append(torch.nn.utils.get_total_norm(gradients).item())
             rates.append(self.param_groups[0]['lr'])
             super().step()
 
+    # The factor of each loss makes all gradients short, or all long.
     rates, norms, backward = [], [], torch.Tensor.backward
     monkeypatch.setattr(torch.optim, 'Adam', Watched)
     monkeypatch.setattr(torch.Tensor, 'backward', lambda loss: backward(factor * loss))
-    monkeypatch.setitem(train_mnist.VAE_RUN, 'peak', 1e-30)         # gradients stay alike
+    monkeypatch.setitem(train_mnist.VAE_RUN, 'peak', 1e-30)         # the weights stay
     run(tmp_path, '--data', digits, '--epochs', 2, '--lr', 2e-30, '--latent')
     schedule = [train_mnist.learning_rate(step, 14, 1e-30) for step in range(14)]   # 2 x 7 steps
     schedule += [train_mnist.learning_rate(step, 8, 2e-30) for step in range(8)]    # 2 x 4 steps
