@@ -685,14 +685,15 @@ def test_each_epoch_shows_each_image_with_its_label_in_a_new_order(run, tmp_path
     assert sorted(first) == sorted(second) == grey.tolist() and first != second
 
 
-def test_the_held_out_loss_is_that_of_test_digits(run, tmp_path):
+def test_the_printed_loss_is_that_of_training_and_the_held_out_of_test(run, tmp_path, capsys):
     # With --lr 1e-30 the network still predicts 0. Its loss is E (z - ε)² = z² + 1: on the grey
     # digits, z = 0, it is 1, and on their black border, z = -1, it is 2.
     black, grey = np.zeros((200, 28, 28), np.uint8), np.full((2000, 28, 28), 127, np.uint8)
     data = write_data(tmp_path / 'grey.npz', x_train=black, x_test=grey, y_test=np.zeros(2000))
-    run(tmp_path, '--data', data, '--epochs', 2, '--lr', 1e-30)
+    run(tmp_path, '--data', data, '--epochs', 2, '--lr', 1e-30, '--batch-size', 4)
     held_out = torch.load(tmp_path / 'unet.pt', weights_only=True)['held_out']
     assert held_out == pytest.approx([2 - 28 ** 2 / 32 ** 2] * 2, abs=0.01)
+    assert re.findall(r'step (\d+) .*loss (?:1.9|2.0)', capsys.readouterr().out) == ['1', '50', '100']
 
 
 def test_a_trained_vae_is_frozen_and_drawn_as_test_digits_above_what_it_makes_of_them(
