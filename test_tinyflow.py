@@ -693,7 +693,7 @@ def test_the_printed_loss_is_that_of_training_and_the_held_out_of_test(run, tmp_
     run(tmp_path, '--data', data, '--epochs', 2, '--lr', 1e-30, '--batch-size', 4)
     held_out = torch.load(tmp_path / 'unet.pt', weights_only=True)['held_out']
     assert held_out == pytest.approx([2 - 28 ** 2 / 32 ** 2] * 2, abs=0.01)
-    assert re.findall(r'step (\d+) .*loss (?:1.9|2.0)', capsys.readouterr().out) == ['1', '50', '100']
+    assert re.findall(r'step (\d+) .*loss (?:1.9|2)', capsys.readouterr().out) == ['1', '50', '100']
 
 
 def test_a_trained_vae_is_frozen_and_drawn_as_test_digits_above_what_it_makes_of_them(
