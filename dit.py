@@ -1,8 +1,9 @@
-"""The Diffusion Transformer, DiT: section 2.2, figure 4 (Peebles & Xie 2022, arXiv 2212.09748).
+"""The DiT: part 2.2 of the lecture (Peebles & Xie 2022, arXiv 2212.09748).
 
-The image is cut into patches that do not overlap, and a linear layer turns each patch into a
-token, a vector, as in the Vision Transformer (ViT, Dosovitskiy et al. 2020, arXiv 2010.11929).
-From then on the patches meet by self-attention alone, without convolutions. By default:
+DiT stands for diffusion transformer. It cuts the image into patches that do not overlap, and a
+linear layer turns each patch into a vector, called a token, as in the Vision Transformer (ViT,
+Dosovitskiy et al. 2020, arXiv 2010.11929). From then on, the patches exchange information
+through self-attention alone, without convolutions. By default, the shapes are:
 
     x (1, 32, 32)
     ↓ patchify                            64 patches of 4x4 pixels (64, 16)
@@ -13,12 +14,13 @@ From then on the patches meet by self-attention alone, without convolutions. By 
     ↓ unpatchify
     u (1, 32, 32)
 
-The notes give position, time and label to the blocks together with the tokens. Here the
-position is added to each token, and one vector, c = SiLU(MLP(t) + embedding(y)), is injected
-into every block. This scheme, adaLN-Zero (see DiTBlock), beat tokens for t and y in the paper.
+In the lecture, position, time and label enter the blocks together with the tokens. Here, each
+token has a vector for its position added to it, and one vector for time and label,
+c = SiLU(MLP(t) + embedding(y)), is injected into every block. This way, called adaLN-Zero (see
+DiTBlock), worked better in the DiT paper than extra tokens for time and label.
 
-By attention any two patches meet in one layer, while a 3x3 convolution reaches only the next
-pixel. The notes say that attention scales better. Its price: N x N weights for N tokens.
+Attention lets any two patches meet in one layer, whereas a 3x3 convolution reaches only the
+next pixel. The price is an N x N table of scores for N tokens.
 """
 
 import torch
@@ -29,7 +31,7 @@ from tinyflow import ConditionEmbedding
 
 # ---- Patches and positions -----------------------------------------------------------------------
 def patchify(x, patch):
-    """Cut images x (B, C, H, W) into N squares of side p = patch: (B, N, C·p·p)."""
+    """Cut images x (B, C, H, W) into N squares with side p = patch: (B, N, C·p·p)."""
     B, C, H, W = x.shape
     x = x.reshape(B, C, H // patch, patch, W // patch, patch)   # (B, C, rows, p, columns, p)
     x = x.permute(0, 2, 4, 1, 3, 5)                             # (B, rows, columns, C, p, p)
@@ -45,15 +47,14 @@ def unpatchify(patches, patch, shape):
 
 
 def position_embedding(rows, columns, dim):
-    """One fixed vector for each place of a grid, row by row: (rows·columns, dim).
+    """One fixed vector for each place in a grid, row by row: (rows·columns, dim).
 
-    Half of it encodes the row and half the column, by sines and cosines (Vaswani et al. 2017,
-    arXiv 1706.03762). As in ConditionEmbedding, low frequencies tell far places apart, and high
-    ones near places. Neighbours differ by 1, so the highest frequency, 1, sets them one radian
-    apart. In that paper the lowest is 1/10000, for long texts; for small grids 1/100 is enough.
+    Half of it encodes the row and half the column, with sines and cosines (Vaswani et al. 2017,
+    arXiv 1706.03762). As in ConditionEmbedding, low frequencies tell distant places apart, and
+    high ones tell nearby places apart: neighbours differ by 1, one radian at frequency 1.
     """
     assert dim % 4 == 0, f'dim must be divisible by 4, got {dim}'
-    frequencies = torch.logspace(0, -2, dim // 4)                   # 1 … 1/100
+    frequencies = torch.logspace(0, -2, dim // 4)                   # 1 … 1/100, for small grids
     row = torch.arange(rows).repeat_interleave(columns)             # 2x3 places: 0 0 0 1 1 1
     column = torch.arange(columns).repeat(rows)                     # 2x3 places: 0 1 2 0 1 2
     row_angles = row[:, None] * frequencies                         # (N, dim/4)
@@ -67,9 +68,9 @@ class SelfAttention(nn.Module):
     """softmax(Q Kᵀ / √d) V in each head, from tokens h (B, N, dim) to (B, N, dim).
 
     Every token has a query (what it looks for), a key (what it can be found by) and a value
-    (what it hands over). It gets the mean of all values, weighted by how well their keys fit
-    its query. Each head does this with d = dim/heads entries and attention weights of its own,
-    so that a token can look for several things, and `proj` mixes them.
+    (what it hands over). It receives the mean of all values, weighted by how well their keys
+    match its query. Each head works on its own d = dim/heads entries, with its own attention
+    weights, so a token can look for several things at once. `proj` then mixes the heads.
     """
 
     def __init__(self, dim, heads):
@@ -85,25 +86,22 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(h).reshape(B, N, 3, self.heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, heads, N, d) each
 
-        # Row i of the scores says how well each key fits query i. If the entries of q and k are
-        # independent, with mean 0 and variance 1, then q·k has standard deviation √d.
-        # Undivided, it could drive the softmax to 0 and 1, where its gradient vanishes.
+        # Row i of the scores says how well each key matches query i. If the entries of q and k
+        # are independent, with mean 0 and variance 1, then q·k has standard deviation √d. If we
+        # did not divide by √d, the softmax could saturate, and its gradient would vanish.
         scores = q @ k.transpose(-2, -1) / d ** 0.5                 # (B, heads, N, N)
         h = scores.softmax(dim=-1) @ v                              # (B, heads, N, d)
         return self.proj(h.transpose(1, 2).reshape(B, N, dim))      # heads concatenated
 
 
-def modulate(h, scale, shift):
-    """Scale and shift, (B, 1, dim), act on tokens h (B, N, dim). If both are 0, h stays."""
-    return (1 + scale) * h + shift
-
-
 class DiTBlock(nn.Module):
     """Attention, then an MLP, from tokens h (B, N, dim) to (B, N, dim), given c (B, dim).
 
-    The layer norm of a token is adaptive (adaLN): c gives its scale and shift, and also a gate,
-    which multiplies what attention or the MLP adds to h. All of these start at 0 (adaLN-Zero):
-    a new block is the identity, which lets signal and gradient through a deep stack.
+    Layer normalisation gives each token's entries mean 0 and standard deviation 1. Usually a
+    learned scale and shift follow. Here they are adaptive (adaLN): c supplies them, so they
+    depend on t and y. c also supplies a gate, a factor for what attention or the MLP adds to h.
+    All of these start at 0 (adaLN-Zero). With its gates shut, a new block is the identity,
+    which lets signals and gradients pass through a deep stack.
     """
 
     def __init__(self, dim, heads):
@@ -119,14 +117,14 @@ class DiTBlock(nn.Module):
     def forward(self, h, c):
         modulation = self.modulation(c)[:, None]                                    # (B, 1, 6·dim)
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
-        h = h + gate1 * self.attention(modulate(self.norm1(h), scale1, shift1))     # across tokens
-        return h + gate2 * self.mlp(modulate(self.norm2(h), scale2, shift2))        # in each token
+        h = h + gate1 * self.attention((1 + scale1) * self.norm1(h) + shift1)       # across tokens
+        return h + gate2 * self.mlp((1 + scale2) * self.norm2(h) + shift2)          # in each token
 
 
 class DiT(nn.Module):
     """The network u_t^θ(x, y), for images x (B, C, H, W), times t (B,) and labels y (B,).
 
-    H and W must be divisible by `patch`. For the VAE's latents, use DiT((4, 8, 8), patch=2).
+    H and W must be divisible by `patch`. On latents, DiT((4, 8, 8), patch=2) has 16 tokens.
     """
 
     def __init__(self, shape=(1, 32, 32), patch=4, dim=128, depth=6, heads=4, num_classes=10):
@@ -139,14 +137,16 @@ class DiT(nn.Module):
         self.condition = ConditionEmbedding(dim, num_classes)           # t, y to c
         self.first = nn.Linear(C * patch * patch, dim)
 
-        # Attention does not know where a token is: from shuffled tokens it gives the same
-        # results, shuffled. So each token's position is added. As a buffer, it is not trained.
+        # Attention does not know where a token is: from shuffled tokens it makes the same
+        # results, shuffled. So each token gets its position added. It is a buffer, which is
+        # saved and moves with `.to(device)` but is not trained.
         self.register_buffer('position', position_embedding(H // patch, W // patch, dim))
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
 
-        # With zeros in `last`, a new network predicts u = 0. In the first step only `last` has
-        # a gradient: what passes back through it is multiplied by its weight, 0. In the second,
-        # the gates have one, too, and once these are open, all layers learn.
+        # With zeros in `last`, a new network predicts u = 0. Zeros in a gate shut one branch
+        # beside an open shortcut, but these zeros shut the only way. So only `last` has a
+        # gradient in the first step. In the second, `first`, the gates and `last_modulation`
+        # have one, too. Once the gates are open, all layers learn.
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = nn.Linear(dim, 2 * dim)
         self.last = nn.Linear(dim, C * patch * patch)
@@ -161,5 +161,5 @@ class DiT(nn.Module):
             h = block(h, c)                                             # (B, N, dim)
 
         scale, shift = self.last_modulation(c)[:, None].chunk(2, dim=-1)
-        patches = self.last(modulate(self.last_norm(h), scale, shift))  # (B, N, C·patch·patch)
+        patches = self.last((1 + scale) * self.last_norm(h) + shift)    # (B, N, C·patch·patch)
         return unpatchify(patches, self.patch, self.shape)              # u, (B, C, H, W)

@@ -1,19 +1,19 @@
-"""Draw handwritten digits on request: train a flow on MNIST, then guide it to a label.
+"""Train a flow on MNIST and draw digits on request: all parts of the lecture at work together.
 
-    python train_mnist.py                    the U-Net, on 32x32 pixels (section 2.1)
-    python train_mnist.py --model dit        the DiT instead (section 2.2)
-    python train_mnist.py --latent           a VAE first, then the U-Net on its latents (2.3)
-    python train_mnist.py --prompt 314       no training: the trained U-Net draws these digits
+    python train_mnist.py                    train the U-Net, on 32x32 pixels (part 2.1)
+    python train_mnist.py --model dit        train the DiT instead (2.2)
+    python train_mnist.py --latent           train a VAE, then the U-Net on its latents (2.3)
+    python train_mnist.py --prompt 314       train nothing: a trained U-Net draws these digits
 
-On two CPU cores the first command takes 12 to 15 minutes, and its first digits appear within
-five. A run that was stopped cannot be continued, but --prompt draws with the network of its
-last finished epoch. All files lie in out/. NAME is unet, dit, unet_latent or dit_latent:
+On two CPU cores the first command takes from 5 to 15 minutes, and it draws its first digits
+after a third of that time. A run that was stopped cannot be continued, but --prompt draws with
+the network of its last full epoch. The folder out/ gets these files, with NAME = unet or so:
 
-    NAME.pt              the checkpoint of the last epoch (of an earlier run: NAME_before.pt)
-    NAME_epoch1.png      the ten digits after epoch 1 (then 2, ...): a row for each w, figure 2
+    NAME.pt              the checkpoint, written after each epoch
+    NAME_epoch1.png      the ten digits after epoch 1 (then 2, ...), with a row for each w
     NAME_path.png        X_t from noise to digit: a row for each digit, a column for each time
-    NAME_vae.png         with --latent: test digits above their reconstructions by the VAE
-    NAME_prompt.png      with --prompt: these digits, a row for each w (0 ignores the labels)
+    NAME_vae.png         with --latent: test digits, above what the VAE makes of them
+    NAME_prompt.png      with --prompt: these digits, with a row for each w
 """
 
 import math
@@ -34,8 +34,8 @@ from vae import VAE, reparameterize, vae_loss
 
 
 # ---- Settings ------------------------------------------------------------------------------------
-# The four runs: a network, and how many epochs (passes over all images) it is trained. A latent
-# is only (4, 8, 8). So the U-Net has two levels there, not four, and the DiT patches of 2x2.
+# Four runs, each a network and the number of epochs (passes over all images) to train it for. A
+# latent is only (4, 8, 8): two levels instead of four, and patches of 2x2 instead of 4x4.
 RUNS = {
     'unet': dict(build=UNet, epochs=3),
     'dit': dict(build=DiT, epochs=3),
@@ -43,231 +43,249 @@ RUNS = {
     'dit_latent': dict(build=lambda: DiT((4, 8, 8), patch=2), epochs=6),
 }
 
-# The VAE has settings of its own. `vae_loss` tells why beta, the weight of the KL, is small.
-VAE_RUN = dict(epochs=2, batch_size=32, peak=2e-3, beta=1e-3)
-
-# Adam (arXiv 1412.6980) divides by the root of a moving average of the squared gradient. Its
-# usual 0.999 would remember 1,000 steps, a third of a default run. 0.99 remembers 100.
-ADAM_BETAS = (0.9, 0.99)
+BATCH_SIZE = 64                                             # images in a minibatch
+PEAK = 3e-3                                                 # the highest learning rate
 
 
 def main(argv=None):
     """Run the program with the options in the list argv, or with those of the command line."""
     args = read_options(argv)
+    name = f'{args.model}_latent' if args.latent else args.model
+    stem = f'{args.out}/{name}'                             # all files of a run begin with it
+    device, drawing = args.device, dict(steps=args.steps, seed=args.seed)
 
     if args.prompt:
-        if not os.path.exists(f'{args.stem}.pt'):
-            sys.exit(f'{args.stem}.pt is not there: train first, without --prompt')
-        model, vae = load_checkpoint(f'{args.stem}.pt', args.device)
-        y = torch.tensor([int(digit) for digit in args.prompt], device=args.device)
-        return draw_guidance(
-            f'{args.stem}_prompt.png', model, vae, y, args.guidance, args.steps, args.seed)
+        if not os.path.exists(f'{stem}.pt'):
+            sys.exit(f'{stem}.pt is not there: train first, without --prompt')
+        model, vae = load_checkpoint(f'{stem}.pt', device)
+        y = torch.tensor([int(digit) for digit in args.prompt], device=device)
+        return draw_guidance(f'{stem}_prompt.png', model, y, args.guidance, vae=vae, **drawing)
 
-    data = [part.to(args.device) for part in load_mnist(args.data)]         # about 70 MB
+    data = [part.to(device) for part in load_mnist(args.data)]              # about 70 MB
     os.makedirs(args.out, exist_ok=True)
     torch.manual_seed(args.seed)
 
-    vae = train_vae(f'{args.stem}_vae.png', data, **VAE_RUN) if args.latent else None
-    model = RUNS[args.name]['build']().to(args.device)
-    # On the CPU, convolutions are a seventh faster with the channels of a pixel side by side.
-    if args.device == 'cpu':
-        model.to(memory_format=torch.channels_last)
+    vae = train_vae(data) if args.latent else None
+    if vae:
+        draw_reconstructions(f'{stem}_vae.png', vae, data[2][:10])          # ten test images
+    model = RUNS[name]['build']().to(device)
+    epochs = args.epochs or RUNS[name]['epochs']
     size = sum(parameter.numel() for parameter in model.parameters())
-    print(f'{args.name}: {size:,} parameters on {args.device}, {args.epochs} epochs', flush=True)
+    print(f'{name}: {size:,} parameters on {device}, {epochs} epochs', flush=True)
+    y = torch.arange(10, device=device)
 
-    train(model, vae, data, args)
-    y = torch.arange(10, device=args.device)
-    draw_path(f'{args.stem}_path.png', model, vae, y, w=2.0, steps=args.steps, seed=args.seed)
+    def save_and_draw(epoch, losses, held_out):
+        # The checkpoint comes first, so that a picture that fails cannot cost us the network.
+        save_checkpoint(f'{stem}.pt', name, model, vae, losses, held_out)
+        draw_guidance(f'{stem}_epoch{epoch}.png', model, y, args.guidance, vae=vae, **drawing)
+
+    train(model, data, epochs, batch_size=args.batch_size, peak=args.lr, vae=vae,
+          after_epoch=save_and_draw)
+    draw_path(f'{stem}_path.png', model, y, w=2.0, vae=vae, **drawing)
 
 
-# ---- Training the flow (sections 1.1 and 1.2.2) --------------------------------------------------
-def train(model, vae, data, args):
-    """Train `model` on images or, with a VAE, on their latents. Save and draw in each epoch."""
-    epochs, batch_size, peak = args.epochs, args.batch_size, args.lr
+# ---- Training the flow (1.1 and 1.2) -------------------------------------------------------------
+def train(model, data, epochs, *, batch_size=BATCH_SIZE, peak=PEAK, vae=None, after_epoch=None):
+    """Train a model, in place, on any labelled images. Returns the lists (losses, held_out).
+
+    data = (x_train, y_train, x_test, y_test), tensors on the model's device: images x, uint8
+    (N, C, H, W), and labels y, int64 (N,), from 0 to num_classes - 1. With a `vae`, the flow
+    runs on its latents. `losses` has a number for each step, `held_out` one for each epoch. A
+    function after_epoch(epoch, losses, held_out), if given, is called after each epoch.
+    """
+    check_data(model, data)
     x_train, y_train, x_test, y_test = data
-    device = x_train.device
-
-    optimizer = torch.optim.Adam(model.parameters(), lr=peak, betas=ADAM_BETAS)
-    total = epochs * math.ceil(len(x_train) / batch_size)                   # steps of the run
-    losses = torch.zeros(total, device=device)                              # one a step
-    held_out = []                                                           # one an epoch
+    optimizer = torch.optim.Adam(model.parameters(), lr=peak)
+    total = epochs * math.ceil(len(x_train) / batch_size)                   # steps in the run
+    losses, held_out = torch.zeros(total, device=x_train.device), []
     step, start = 0, time.perf_counter()
 
     for epoch in range(1, epochs + 1):
-        model.train()                                                       # if you add Dropout
-        for batch in torch.randperm(len(x_train), device=device).split(batch_size):
-            # A minibatch (z, y) ~ p_data. With a VAE, z is the latent of an image x, else x.
-            x, y = to_model(x_train[batch]), y_train[batch]                 # (B, C, H, W), (B,)
-            z = encode(vae, x)
+        model.train()                                       # this matters if you add Dropout
+        for indices in torch.randperm(len(x_train), device=x_train.device).split(batch_size):
+            # A minibatch (z, y) ~ p_data. With a VAE, z is the latent of an image (2.3).
+            z = encode(vae, to_model(x_train[indices]))     # (B, C, H, W)
+            y = y_train[indices]                            # (B,)
 
-            # The loss of 1.1, with one label in ten dropped (1.2.2). A new network predicts 0,
-            # so its first loss is the mean of (z - ε)², E z² + 1. On pixels this is 1.94.
+            # The loss of 1.1, with one label in ten dropped (1.2). A new network predicts 0, so
+            # its first loss is the mean of (z - ε)², which is E z² + 1: about 1.94 on digits.
             loss = cfm_loss(model, z, y)
             optimizer.zero_grad()
             loss.backward()
 
-            # Gradient clipping: a rare large gradient is shortened to norm 1, because it throws
-            # the weights off for some steps. With it, 0.94 of the digits are right, not 0.92.
+            # Gradient clipping shortens a gradient whose norm is above 1 to norm 1. Otherwise a
+            # rare, very large gradient could throw the weights off for many steps.
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
             optimizer.param_groups[0]['lr'] = learning_rate(step, total, peak)
             optimizer.step()
             losses[step] = loss.detach()
             step += 1
+            report(step, losses, batch_size, start)
 
-            # Reading a loss waits for the GPU. So it is read rarely, and then the clock.
-            if step == 1 or step % 50 == 0:
-                recent = losses[max(0, step - 50):step].mean().item()
-                assert math.isfinite(recent), f'the loss is {recent}: try a lower --lr'
-                per_step = (time.perf_counter() - start) / step             # in seconds
-                print(f'step {step} of {total}, loss {recent:.4f}, {batch_size / per_step:.0f} '
-                      f'img/s, {per_step * (total - step) / 60:.1f} min left', flush=True)
-
-        # The held-out loss, with new t, ε and ∅, on 2,000 digits which are never trained on.
-        # The checkpoint is saved before the picture: drawing must not cost the epoch.
+        # The held-out loss is the same loss on 2,000 test images, in parts that fit in memory.
         model.eval()
         with torch.no_grad():
             parts = zip(x_test[:2000].split(250), y_test[:2000].split(250))
-            part_losses = [cfm_loss(model, encode(vae, to_model(x)), y) for x, y in parts]
-        held_out.append(torch.stack(part_losses).mean().item())
-        assert math.isfinite(held_out[-1]), f'the held-out loss is {held_out[-1]}: try a lower --lr'
+            sums = [len(y) * cfm_loss(model, encode(vae, to_model(x)), y) for x, y in parts]
+        held_out.append(sum(sums).item() / len(x_test[:2000]))
+        assert math.isfinite(held_out[-1]), f'held-out loss {held_out[-1]}: lower the learning rate'
         print(f'epoch {epoch} of {epochs} done, held-out loss {held_out[-1]:.4f}', flush=True)
-        save_checkpoint(model, vae, losses[:step].tolist(), held_out, args)
-        draw_guidance(f'{args.stem}_epoch{epoch}.png', model, vae, torch.arange(10, device=device),
-                      args.guidance, args.steps, args.seed)
+        if after_epoch:
+            after_epoch(epoch, losses[:step].tolist(), held_out)
+    return losses.tolist(), held_out
 
 
 def learning_rate(step, total, peak):
-    """The learning rate of step = 0, 1, …, total - 1: a linear warmup times a cosine decay.
+    """The learning rate at step = 0, 1, …, total - 1: a linear warmup times a cosine decay.
 
-    Adam's first steps are as long as any, but the average that scales them holds few gradients.
-    So we warm up, over a twentieth of the run. Later the noise of minibatches makes the weights
-    jump around a good place. So we let the rate decay, and the jumps shrink.
+    Adam (arXiv 1412.6980) takes full-size steps from the start, when the averages that scale
+    them have seen only a few gradients. So we warm up over a twentieth of the run. Later, the
+    weights jump around a good solution, because minibatches differ. So we let the rate decay.
     """
     warmup = min(1, (step + 1) / (0.05 * total))
     decay = (1 + math.cos(math.pi * step / total)) / 2
     return peak * warmup * decay
 
 
-# ---- Training the VAE (section 2.3) --------------------------------------------------------------
-def train_vae(file, data, epochs, batch_size, peak, beta):
-    """Train a VAE on the images, freeze it, and draw some of its reconstructions."""
-    x_train, _, x_test, _ = data
-    device = x_train.device
+def check_data(model, data):
+    """Refuse data that `train` would accept in silence and learn nonsense from."""
+    x_train, y_train, x_test, y_test = data
+    for half, x, y in ('training', x_train, y_train), ('test', x_test, y_test):
+        assert torch.is_tensor(x) and x.dtype == torch.uint8, (
+            f'{half} images must be a uint8 tensor (0 to 255), got {x.dtype} in {type(x)}')
+        assert len(x) > 0 and y.shape == (len(x),), (
+            f'each {half} image needs a label, got {len(x)} images and labels {tuple(y.shape)}')
+        assert y.min() >= 0 and y.max() < model.null_label, (
+            f'{half} labels are 0 to {model.null_label - 1}, got {y.min()} to {y.max()}')
 
-    vae = VAE().to(device)
-    optimizer = torch.optim.Adam(vae.parameters(), lr=peak, betas=ADAM_BETAS)
+
+def report(step, losses, batch_size, start):
+    """Print the progress of training at the first step and at every fiftieth."""
+    if step == 1 or step % 50 == 0:                     # rarely: reading a loss waits for the GPU
+        total, loss = len(losses), losses[max(0, step - 50):step].mean().item()
+        assert math.isfinite(loss), f'the loss is {loss}: try a lower learning rate'
+        seconds = (time.perf_counter() - start) / step                      # for one step
+        print(f'step {step} of {total}, loss {loss:.4f}, {batch_size / seconds:.0f} img/s, '
+              f'{seconds * (total - step) / 60:.1f} min left', flush=True)
+
+
+# ---- Training the VAE (2.3) ----------------------------------------------------------------------
+def train_vae(data, epochs=2, *, batch_size=32, peak=2e-3, beta=1e-3):
+    """Train a VAE on the images in `data` and return it, frozen. `vae_loss` explains beta."""
+    x_train, _, _, _ = data
+    vae = VAE(x_train.shape[1:]).to(x_train.device)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=peak)
     total = epochs * math.ceil(len(x_train) / batch_size)
-    step = 0
+    losses = torch.zeros(total, device=x_train.device)
+    step, start = 0, time.perf_counter()
 
-    for epoch in range(epochs):
-        for batch in torch.randperm(len(x_train), device=device).split(batch_size):
-            loss, mse, kl = vae_loss(vae, to_model(x_train[batch]), beta)
+    for epoch in range(1, epochs + 1):
+        for indices in torch.randperm(len(x_train), device=x_train.device).split(batch_size):
+            loss, mse, kl = vae_loss(vae, to_model(x_train[indices]), beta)
             optimizer.zero_grad()
             loss.backward()
-
             torch.nn.utils.clip_grad_norm_(vae.parameters(), max_norm=1.0)
             optimizer.param_groups[0]['lr'] = learning_rate(step, total, peak)
             optimizer.step()
+            losses[step] = loss.detach()
             step += 1
+            report(step, losses, batch_size, start)
+        print(f'VAE: epoch {epoch} of {epochs} done, mse {mse:.4f}, KL {kl:.0f}', flush=True)
 
-            if step == 1 or step % 50 == 0:
-                assert loss.isfinite(), f'the loss of the VAE is {loss}: lower the peak in VAE_RUN'
-                print(f'VAE: step {step} of {total}, mse {mse:.4f}, KL {kl:.0f}', flush=True)
-
-    vae.eval().requires_grad_(False)                                        # frozen from now on
-    x = to_model(x_test[:10])
-    pairs = torch.cat([x, decode(vae, encode(vae, x))])                     # (20, 1, 32, 32)
-    save_picture(file, to_pixels(pairs), columns=len(x))
-    return vae
+    return vae.eval().requires_grad_(False)
 
 
 def encode(vae, x):
-    """The flow's data z: x itself or, if there is a VAE, samples of q(z|x)."""
+    """The data z of the flow: latents z ~ q(z|x), or without a VAE the images x themselves."""
     return reparameterize(*vae.encode(x)) if vae else x
 
 
 def decode(vae, z):
-    """The images of the flow's samples z: z itself or, if there is a VAE, D(z)."""
+    """The images that belong to samples z of the flow: D(z), or without a VAE z itself."""
     return vae.decode(z) if vae else z
 
 
 # ---- Drawing (Algorithm 1) -----------------------------------------------------------------------
-@torch.no_grad()
-def draw(model, vae, y, w, steps, seed):
-    """An image for each label of y (B,), at the guidance scale w: (B, C, H, W) uint8."""
-    # Noise from a generator of its own, on the CPU, is the same for each w, epoch and device,
-    # and leaves the random numbers of training alone.
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(y), *model.shape, generator=generator).to(y.device)     # X_0
+def starting_noise(model, y, seed):
+    """X_0 for each label in y (B,): the same for every w, epoch and device."""
+    generator = torch.Generator().manual_seed(seed)     # leaves that of a running training alone
+    return torch.randn(len(y), *model.shape, generator=generator).to(y.device)
+
+
+def draw(model, y, *, w, vae=None, steps=50, seed=0):
+    """Draw an image for each label in y (B,), at guidance scale w: uint8 (B, C, H, W)."""
+    noise = starting_noise(model, y, seed)
     return to_pixels(decode(vae, sample(model, y, w=w, steps=steps, noise=noise)))
 
 
-def draw_guidance(file, model, vae, y, scales, steps, seed):
-    """Figure 2 of the notes: a row for each guidance scale w, a column for each label of y."""
-    rows = [draw(model, vae, y, w, steps, seed) for w in scales]
+def draw_guidance(file, model, y, scales, *, vae=None, steps=50, seed=0):
+    """Draw a row for each guidance scale w in `scales`, a column for each label in y (B,)."""
+    rows = [draw(model, y, w=w, vae=vae, steps=steps, seed=seed) for w in scales]
     save_picture(file, torch.cat(rows), columns=len(y))
 
 
-@torch.no_grad()
-def draw_path(file, model, vae, y, w, steps, seed):
-    """X_t from noise to image: a row for each label of y (B,), a column for each of 9 times."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(y), *model.shape, generator=generator).to(y.device)     # as in draw
+def draw_path(file, model, y, *, w, vae=None, steps=50, seed=0):
+    """Draw X_t at nine times from noise to image: a row for each label in y (B,)."""
+    noise = starting_noise(model, y, seed)
     states = euler(lambda x, t: guided_velocity(model, x, t, y, w), noise, steps)
-    times = [to_pixels(decode(vae, states[k * steps // 8])) for k in range(9)]      # t ≈ k/8
-    save_picture(file, torch.stack(times, dim=1).flatten(0, 1), columns=9)
+    columns = [to_pixels(decode(vae, states[k * steps // 8])) for k in range(9)]        # t ≈ k/8
+    save_picture(file, torch.stack(columns, dim=1).flatten(0, 1), columns=9)
+
+
+def draw_reconstructions(file, vae, x):
+    """Draw images x, uint8 (B, C, H, W), above what the VAE makes of their means."""
+    mean, _ = vae.encode(to_model(x))
+    save_picture(file, torch.cat([x.cpu(), to_pixels(vae.decode(mean))]), columns=len(x))
 
 
 # ---- Checkpoints, data and pictures --------------------------------------------------------------
-def save_checkpoint(model, vae, losses, held_out, args):
-    """Write NAME.pt: what drawing needs, and settings and losses for your own plots."""
-    settings = dict(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed)
-    checkpoint = dict(name=args.name, settings=settings, losses=losses, held_out=held_out,
-                      model=model.state_dict(), vae=vae.state_dict() if vae else None)
-    # Written beside its place and then moved, the file is never half written.
-    torch.save(checkpoint, f'{args.stem}.tmp')
-    if len(held_out) == 1 and os.path.exists(f'{args.stem}.pt'):            # epoch 1
-        os.replace(f'{args.stem}.pt', f'{args.stem}_before.pt')
-    os.replace(f'{args.stem}.tmp', f'{args.stem}.pt')
+def save_checkpoint(file, name, model, vae, losses, held_out):
+    """Save what drawing needs, with `name` as in RUNS, and the losses, for your own plots."""
+    checkpoint = dict(name=name, losses=losses, held_out=held_out, model=model.state_dict(),
+                      vae=vae.state_dict() if vae else None)
+    # We write to another file and rename it, so that no checkpoint is ever half written.
+    torch.save(checkpoint, f'{file}.tmp')
+    os.replace(f'{file}.tmp', file)
 
 
 def load_checkpoint(file, device):
-    """(model, vae or None) of a file NAME.pt, in eval mode, ready to draw with."""
+    """The network and the VAE (or None) from a checkpoint, in eval mode, ready to draw with."""
     checkpoint = torch.load(file, map_location=device, weights_only=True)
     model = RUNS[checkpoint['name']]['build']().to(device).eval()
     model.load_state_dict(checkpoint['model'])
-    vae = VAE().to(device).eval() if checkpoint['vae'] else None
+    vae = VAE().to(device).eval().requires_grad_(False) if checkpoint['vae'] else None
     if vae:
         vae.load_state_dict(checkpoint['vae'])
     return model, vae
 
 
 def load_mnist(file):
-    """(x_train, y_train, x_test, y_test) of data/mnist.npz, or of another file of its layout.
+    """(x_train, y_train, x_test, y_test) from data/mnist.npz or a file with the same layout.
 
-    Images x are uint8 (N, 1, 32, 32), labels y int64 (N,), 0 to 9. The 28x28 digits get a
-    border of two pixels, as Lab Three uses 32x32 pixels, which can be halved again and again.
+    Images x are uint8 (N, 1, 32, 32), labels y int64 (N,), 0 to 9. We pad the 28x28 digits (Lab
+    Three resizes them) to 32x32, a size that can be halved again and again.
     """
     data = []
     with np.load(file) as arrays:
-        for part in ('train', 'test'):
-            x, y = arrays[f'x_{part}'], arrays[f'y_{part}']
+        for half in ('train', 'test'):
+            x, y = arrays[f'x_{half}'], arrays[f'y_{half}']
             assert x.dtype == np.uint8 and x.shape[1:] == (28, 28), (
-                f'{file}: x_{part} must be uint8 (N, 28, 28), not {x.dtype} {x.shape}')
+                f'{file}: x_{half} must be uint8 (N, 28, 28), not {x.dtype} {x.shape}')
             assert y.shape == x.shape[:1] and np.isin(y, range(10)).all(), (
-                f'{file}: y_{part} must be a label from 0 to 9 for each of {len(x)} images')
+                f'{file}: y_{half} must be a label from 0 to 9 for each of {len(x)} images')
             x = np.pad(x[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))        # (N, 1, 32, 32)
             data += [torch.from_numpy(x), torch.from_numpy(y.astype(np.int64))]
     return tuple(data)
 
 
 def to_model(x):
-    """Pixels, uint8 from 0 to 255, as floats in [-1, 1]."""
+    """Turn pixels, uint8 from 0 to 255, into floats from -1 to 1."""
+    assert x.dtype == torch.uint8, f'pixels must be uint8, from 0 to 255, not {x.dtype}'
     return x.float() / 127.5 - 1
 
 
 def to_pixels(x):
-    """The inverse of to_model, on the CPU. What is outside [-1, 1] is clamped."""
+    """The inverse of to_model, on the CPU. Values outside [-1, 1] are clamped."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
@@ -275,16 +293,17 @@ def save_picture(file, images, columns):
     """Save images (N, C, h, w), uint8, grey or in colour, row by row, three times as large."""
     N, C, h, w = images.shape
     assert images.dtype == torch.uint8, f'images must be uint8, not {images.dtype}'
+    assert C in (1, 3), f'images must have 1 channel (grey) or 3 (colour), not {C}'
     assert N % columns == 0, f'{N} images do not fill rows of {columns}'
 
     grid = images.reshape(-1, columns, C, h, w).permute(0, 3, 1, 4, 2)  # (rows, h, columns, w, C)
-    pixels = grid.reshape(-1, columns * w, C).expand(-1, -1, 3)       # grey becomes RGB
+    pixels = grid.reshape(-1, columns * w, C).expand(-1, -1, 3)             # grey becomes RGB
     save_png(file, pixels.repeat_interleave(3, dim=0).repeat_interleave(3, dim=1))
     print(f'drew {file}', flush=True)
 
 
 def save_png(file, pixels):
-    """Write pixels (H, W, 3), uint8, as a PNG file, by hand: NumPy and PyTorch are enough."""
+    """Write pixels (H, W, 3), uint8, as a PNG file, without any library for images."""
     def chunk(tag, content):
         check = zlib.crc32(tag + content)
         return struct.pack('>I', len(content)) + tag + content + struct.pack('>I', check)
@@ -299,30 +318,29 @@ def save_png(file, pixels):
 
 # ---- The command line ----------------------------------------------------------------------------
 def read_options(argv):
-    """The options, with `name`, a key of RUNS, and `stem`, with which all its files begin."""
+    """The options, from the list argv or from the command line."""
     here = os.path.dirname(os.path.abspath(__file__))
     device = str(torch.accelerator.current_accelerator(check_available=True) or 'cpu')
+    epochs = ', '.join(f'{run["epochs"]} for {name}' for name, run in RUNS.items())
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option('--model', choices=['unet', 'dit'], default='unet', help='default: unet')
+    option('--model', choices=['unet', 'dit'], default='unet', help='default: %(default)s')
     option('--latent', action='store_true', help='train a VAE first, then the flow on its latents')
-    option('--epochs', type=int, help='default: 3; with --latent 5 (unet) or 6 (dit)')
-    option('--batch-size', type=int, default=64, help='images in a step; default: 64')
-    option('--lr', type=float, default=3e-3, help='peak of the learning rate; default: 0.003')
+    option('--epochs', type=int, help=f'default: {epochs}')
+    option('--batch-size', type=int, default=BATCH_SIZE, help='of the flow; default: %(default)s')
+    option('--lr', type=float, default=PEAK, help="the flow's highest rate; default: %(default)s")
     option('--guidance', type=float, nargs='+', default=[0, 1, 2, 4], help='the w of each row')
-    option('--steps', type=int, default=50, help='Euler steps of a drawing; default: 50')
-    option('--prompt', metavar='DIGITS', help='draw these digits, without any training')
-    option('--seed', type=int, default=0, help='of weights, batches and noise; default: 0')
-    option('--device', default=device, help='default here: %(default)s')
-    option('--data', default=f'{here}/data/mnist.npz', help='default: data/mnist.npz')
-    option('--out', default='out', help='the folder to write to; default: out')
+    option('--steps', type=int, default=50, help='Euler steps of a drawing; default: %(default)s')
+    option('--prompt', metavar='DIGITS', help='to draw; give --model, --latent and --out as before')
+    option('--seed', type=int, default=0, help='of all random numbers; default: %(default)s')
+    option('--device', default=device, help='default on this machine: %(default)s')
+    option('--data', default=f'{here}/data/mnist.npz', help='default: the data beside this script')
+    option('--out', default='out', help='default: the folder out/ in the current folder')
     args = parser.parse_args(argv)
 
-    args.name = f'{args.model}_latent' if args.latent else args.model
-    args.stem = f'{args.out}/{args.name}'
-    args.epochs = RUNS[args.name]['epochs'] if args.epochs is None else args.epochs
-    if min(args.epochs, args.batch_size, args.steps) < 1:
-        parser.error('--epochs, --batch-size and --steps must be 1 or more')
+    for number in (args.epochs, args.batch_size, args.steps):
+        if number is not None and number < 1:
+            parser.error('--epochs, --batch-size and --steps must be 1 or more')
     if args.prompt is not None and not args.prompt.isdecimal():
         parser.error(f'--prompt takes digits such as 314, not {args.prompt!r}')
     return args

@@ -1,15 +1,16 @@
-"""The U-Net: section 2.1 of the notes, figure 3 (Ronneberger et al. 2015, arXiv 1505.04597).
+"""The U-Net: part 2.1 of the lecture (Ronneberger et al. 2015, arXiv 1505.04597).
 
-A 3x3 convolution widens the receptive field, the part of the image that a pixel depends on, by
-one pixel on each side. But a seven is a seven only as a whole. So the encoder halves height and
-width from level to level. Each time, a pixel comes to stand for twice as many rows and columns
-of the image, and a convolution widens the receptive field by twice as much. At the bottom are
-few pixels, whose many channels tell what the image shows. The decoder doubles the size again.
+A 3x3 convolution widens the receptive field of a pixel, the part of the image that the pixel
+depends on, by one pixel on each side. But a seven is a seven only as a whole. So the encoder
+halves height and width from level to level. After each halving, a pixel covers twice as many
+rows and columns of the image, so the same 3x3 convolution reaches twice as far. At the bottom,
+only 4x4 pixels are left. The convolutions let each of them see the whole image, and its many
+channels say what the image shows. The decoder then doubles the size back, level by level.
 
-Halving has lost where exactly each stroke was, and skip connections bring that back. On each
-level, a decoder block gets the features from below, concatenated with the skip, and reduces
-them to the channels of the level above. Read the left column downwards, then the right one
-upwards. By default the outputs have these shapes:
+Halving throws away where exactly each stroke was. The skip connections bring it back. At each
+level, a decoder block gets the features from below, concatenated with those of the encoder
+block at the same level, and reduces them to as many channels as the level above has. Here are
+the shapes by default. Read the left column downwards, then the right column upwards:
 
     encoder                                          decoder
     x             (1, 32, 32)                        u             (1, 32, 32)
@@ -23,7 +24,7 @@ upwards. By default the outputs have these shapes:
     ↓ block       (128, 4, 4)  ─────── skip ───────> ↑ block       (64, 4, 4)
     └──────────── bottleneck, a block (128, 4, 4) ───┘
 
-Nothing is halved below the deepest level. Its skip is there to make all levels alike.
+The deepest level does not need its skip. It has one so that the code treats all levels alike.
 """
 
 import torch
@@ -34,29 +35,30 @@ from tinyflow import ConditionEmbedding
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions and a shortcut around them, with c, the vector of t and y, injected.
+    """Two convolutions with a shortcut around them. Between them, c injects t and y.
 
     It turns features h (B, in_channels, H, W) into (B, out_channels, H, W); c is (B, cond_dim).
+    The block comes from DDPM (Ho et al. 2020, arXiv 2006.11239). To inject c as a scale and a
+    shift after the normalisation is an idea of Dhariwal & Nichol (2021, arXiv 2105.05233).
     """
 
     def __init__(self, in_channels, out_channels, cond_dim):
         super().__init__()
-        # Normalisation gives both convolutions inputs of one scale, so that a deep network can
-        # be trained. Group normalisation (Wu & He 2018, arXiv 1803.08494) with one group gives
-        # the channels and pixels of an image together mean 0 and standard deviation 1. Unlike
-        # batch normalisation, it does not mix the images of a batch.
+        # Normalisation gives both convolutions inputs on the same scale, so that a deep network
+        # can be trained. Group normalisation (Wu & He 2018, arXiv 1803.08494) usually has
+        # several groups of channels. With one group it is layer normalisation: all channels and
+        # pixels of an image together get mean 0 and standard deviation 1.
         self.norm1 = nn.GroupNorm(1, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(1, out_channels, affine=False)    # modulated by c
         self.modulation = nn.Linear(cond_dim, 2 * out_channels)     # scale and shift
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
 
-        # The shortcut is the identity, or a 1x1 convolution where the channels change.
+        # The shortcut is the identity, or a 1x1 convolution if the number of channels changes.
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
-        # With zeros in conv2, a new block is only its shortcut, which lets signal and gradient
-        # pass. In training, the convolutions learn what to add.
+        # With zeros in conv2, a new block is just its shortcut, so signals and gradients pass.
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
@@ -65,7 +67,7 @@ class ResidualBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(h)))                       # (B, out_channels, H, W)
 
         # An affine map injects t and y: c gives a scale and a shift for each channel, the same
-        # at all pixels (FiLM, Perez et al. 2018, arXiv 1709.07871). Zeros leave norm2(h) alone.
+        # for all pixels (FiLM, Perez et al. 2017, arXiv 1709.07871). Zeros change nothing.
         scale, shift = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
         h = (1 + scale) * self.norm2(h) + shift                     # scale: (B, out_channels, 1, 1)
         return shortcut + self.conv2(F.silu(h))                     # (B, out_channels, H, W)
@@ -74,22 +76,22 @@ class ResidualBlock(nn.Module):
 class UNet(nn.Module):
     """The network u_t^θ(x, y), for images x (B, C, H, W), times t (B,) and labels y (B,).
 
-    By default x is in R^{1x32x32} and y in {0, …, 9, ∅}, as in Lab Three: the training script
-    pads 28x28 digits to 32x32. Any H and W will do. `widths` are the channels of the levels,
-    from top to bottom. c has as many numbers as scale and shift of the bottleneck together.
+    By default x is in R^{1x32x32} and y in {0, …, 9, ∅}, as in Lab Three, but any H and W will
+    do. `widths` are the numbers of channels at each level, from top to bottom. There are few
+    channels where there are many pixels, so that each level costs about as much as the others.
     """
 
     def __init__(self, shape=(1, 32, 32), widths=(16, 48, 64, 128), num_classes=10):
         super().__init__()
-        self.shape = tuple(shape)                                   # for `sample`
+        self.shape = tuple(shape)                                   # of one image
         self.null_label = num_classes                               # ∅
-        cond_dim = 2 * widths[-1]
+        cond_dim = 2 * widths[-1]                                   # the longest scale and shift
         self.condition = ConditionEmbedding(cond_dim, num_classes)
         self.first = nn.Conv2d(shape[0], widths[0], 3, padding=1)
 
-        # Down: a level's encoder block turns the channels of the level above into its `width`.
-        # Up: its decoder block gets `width` channels from below and `width` from the skip, and
-        # gives those of the level above. insert(0, …) puts the deepest first, as forward needs.
+        # Down: a level's encoder block turns the channels of the level above into `width`. Up:
+        # its decoder block gets `width` channels from below and `width` from the skip, and
+        # returns as many as the level above has. insert(0, …) puts the deepest one first.
         self.encoder = nn.ModuleList()
         self.decoder = nn.ModuleList()
         above = widths[0]                                           # from `first`
@@ -99,9 +101,7 @@ class UNet(nn.Module):
             above = width
         self.bottleneck = ResidualBlock(widths[-1], widths[-1], cond_dim)
 
-        # With zeros in `last`, a new network predicts u = 0: no random output to unlearn. In
-        # the first step only `last` has a gradient: what passes back is multiplied by its
-        # weight, 0. In the second, conv1 and c still have none, behind the zeros of conv2.
+        # With zeros in `last`, a new network predicts u = 0: no random output to unlearn.
         self.last_norm = nn.GroupNorm(1, widths[0])
         self.last = nn.Conv2d(widths[0], shape[0], 3, padding=1)
         nn.init.zeros_(self.last.weight)
@@ -122,7 +122,7 @@ class UNet(nn.Module):
 
         for block in self.decoder:
             skip = skips.pop()                                      # the deepest first
-            h = F.interpolate(h, size=skip.shape[-2:], mode='nearest')
+            h = F.interpolate(h, size=skip.shape[-2:], mode='nearest')      # odd sizes fit, too
             h = block(torch.cat([h, skip], dim=1), c)               # (B, above, H', W')
 
         return self.last(F.silu(self.last_norm(h)))                 # u, (B, C, H, W)

@@ -1,22 +1,22 @@
-"""The variational autoencoder (VAE) of latent diffusion: section 2.3 of the notes, figure 5.
+"""The variational autoencoder (VAE) of latent diffusion: part 2.3 of the lecture.
 
-Neighbouring pixels repeat each other, but a flow on pixels computes every one of them in each
-step. So an autoencoder is trained first (Kingma & Welling 2013, arXiv 1312.6114). Its encoder
-E squeezes an image x into a small latent z, its decoder D paints the image back, and the flow
-runs on latents (latent diffusion, Rombach et al. 2022, arXiv 2112.10752). As in section 2.3, x
-is an image in this file, and not the X_t of a flow:
+Neighbouring pixels are mostly alike, but a flow on pixels computes every one of them in each
+step. So we first train an autoencoder. Its encoder E squeezes an image x into a small latent z,
+and its decoder D turns z back into an image. Then the flow runs on latents (latent diffusion,
+Rombach et al. 2021, arXiv 2112.10752). As in part 2.3, x is an image here, not the flow's X_t:
 
-    train the VAE        x ── E ──> mean, logvar ── draw ──> z ── D ──> a reconstruction of x
-    train the flow       x ── E ──> mean, logvar ── draw ──> z, a data point for cfm_loss
+    train the VAE        x ── E ──> mean, logvar ── sample ──> z ── D ──> a reconstruction of x
+    train the flow       x ── E ──> mean, logvar ── sample ──> z, a data point for cfm_loss
     generate images      noise ── the flow ──> z̃ ── D ──> x̃
 
-A latent (4, 8, 8) has 256 numbers, and an image 1,024. For each of the 256, E gives a mean and
-logvar = log σ², with a variance σ². Then z is drawn from q(z|x) = N(mean, σ²), each number on
-its own. So E does not give one point for an image, but a small cloud.
+A latent (4, 8, 8) has 256 numbers, while an image has 1,024. A variational autoencoder (Kingma
+& Welling 2013, arXiv 1312.6114) gives an image not one latent but a small cloud of latents. For
+each of the 256 numbers, the encoder gives a mean, and logvar = log σ², the logarithm of a
+variance. Then z is sampled from q(z|x) = N(mean, σ²), each number independently.
 
-Once trained, the VAE is frozen (by `train_vae`). If the flow's loss could change the encoder,
-it would move all latents to one point z. Then X_t = t z + (1-t) ε gives away ε, and with it the
-velocity z - ε: the loss falls to 0, and z says nothing about x.
+Once the VAE is trained, `train_vae` in train_mnist.py freezes it. If the flow could change the
+encoder, training would move all latents to a single point z. Then X_t = t z + (1-t) ε would
+give away ε and z - ε. The loss would fall to 0, but z would say nothing about x.
 """
 
 import torch
@@ -24,21 +24,21 @@ from torch import nn
 
 
 def reparameterize(mean, logvar):
-    """A draw z ~ N(mean, σ²), of the shape of mean: the reparameterization trick.
+    """Sample z ~ N(mean, σ²), shaped like mean, with the reparameterization trick.
 
-    A draw by itself has no gradient. In mean + σ ε the randomness is in ε ~ N(0, I) alone, so
-    the gradient reaches mean and σ, and through them the encoder. It gives log σ², because σ
-    must be positive, and log σ² may be any number.
+    Sampling by itself has no gradient. But in mean + σ ε, only ε ~ N(0, I) is random, so the
+    gradient reaches mean and σ, and through them the encoder. The encoder gives log σ², because
+    σ must be positive, whereas log σ² may be any number.
     """
     sigma = (logvar / 2).exp()
     return mean + sigma * torch.randn_like(mean)            # mean + σ ε
 
 
 def kl_divergence(mean, logvar):
-    """KL(N(mean, σ²) ‖ N(0, I)) = ½ Σ (mean² + σ² - 1 - log σ²) of each image: (B,).
+    """KL(N(mean, σ²) ‖ N(0, 1)) = ½ (mean² + σ² - 1 - log σ²), summed over each latent: (B,).
 
-    The Kullback-Leibler divergence KL(q ‖ p), the mean over q of log q - log p, says how far q
-    is from p: it is never negative, and 0 only if q = p. (-log p gives mean² + σ² here.)
+    The Kullback-Leibler divergence KL(q ‖ p) is the mean of log q - log p under q. It measures
+    how far q is from p: it is never negative, and it is 0 only if q = p.
     """
     per_number = (mean.square() + logvar.exp() - 1 - logvar) / 2
     return per_number.flatten(1).sum(dim=1)
@@ -49,46 +49,33 @@ def vae_loss(vae, x, beta):
 
         loss = mse + beta · kl / d,    d = C·H·W
 
-    with `mse` the mean squared error, and `kl` a mean over images. Where does it come from? We
-    want to make the images likely. Let p(z) = N(0, I) be the prior, and p(x|z) = N(D(z), s² I)
-    with a fixed s. The integral p(x) is out of reach, but Bayes' rule holds for every z. Take
-    logarithms, add and subtract log q(z|x), and take the mean E_q over z ~ q(z|x):
+    `mse`, the mean squared error, asks for good reconstructions. `kl` is KL(q(z|x) ‖ p(z)), a
+    mean over the images. It pulls each q(z|x) towards the prior p(z) = N(0, I). Up to a factor
+    and a constant, their sum is -ELBO, where the evidence lower bound (ELBO) is a lower bound
+    on the evidence, log p(x). The README has the proof. (This beta is not the path's β_t but,
+    up to a factor, the β of the β-VAE, Higgins et al. 2017.)
 
-        p(x)     = ∫ p(x|z) p(z) dz = p(x|z) p(z) / p(z|x)
-        log p(x) = ELBO + KL(q(z|x) ‖ p(z|x))
-        ELBO     = E_q[log p(x|z) + log p(z) - log q(z|x)]
-        -ELBO    = E_q ‖x - D(z)‖² / (2s²) + KL(q(z|x) ‖ N(0, I)) + const
+    A flow can learn any distribution of latents, so what is the KL good for? First, its -log σ²
+    keeps the clouds q(z|x) from shrinking to points. So the decoder learns to turn a whole
+    cloud into the same image, and forgives a flow's small errors. Second, the KL sets the scale
+    of the latents. The best scale is the one where the mean square of z is 1, as it is for the
+    noise in X_t. (A small beta pulls slowly: after our two epochs it is 0.63.)
 
-    The KL to the unknown posterior p(z|x) is never negative, so the ELBO is a lower bound of
-    the evidence log p(x), hence its name. Training raises it, the decoder by better images, the
-    encoder by a q closer to the posterior. Our loss is -ELBO times 2s²/d, up to a constant, so
-    beta = 2s². (Not the path's β_t, but up to a factor the β of β-VAEs, Higgins et al. 2017.)
-
-    A flow can learn latents of any distribution, so what is the KL good for? First, its -log σ²
-    keeps the clouds q(z|x) from shrinking to points. So the decoder learns to give the same
-    image for a whole cloud, and forgives the flow's small errors. Second, it sets the scale.
-    Multiply all latents by a, and let the decoder divide by a: only the KL changes. Averaged
-    over images and the numbers of z it is
-
-        KL(a) = ½ (a² m - 1 - log a² - average of log σ²),    m = average of (mean² + σ²)
-
-    which is lowest at a² = 1/m, however small beta is. At an optimum no a beats a = 1, so m,
-    the mean square of z, must be 1, like that of the noise that the flow mixes latents with.
-    But beta must be small. With a larger one the clouds of different images would overlap, and
-    the decoder would paint an average of the images, a blur that no flow can undo.
+    But beta must be small. With a large beta, the clouds of different images would overlap, and
+    the decoder would paint the average of these images, a blur that no flow can undo.
     """
     mean, logvar = vae.encode(x)
-    z = reparameterize(mean, logvar)                        # one draw for E_q
+    z = reparameterize(mean, logvar)                        # z ~ q(z|x)
     mse = (x - vae.decode(z)).square().mean()
     kl = kl_divergence(mean, logvar).mean()
     return mse + beta * kl / x[0].numel(), mse, kl
 
 
 class VAE(nn.Module):
-    """Images (B, C, H, W), in [-1, 1], to latents (B, latent_channels, H/4, W/4) and back.
+    """Turns images (B, C, H, W) in [-1, 1] into latents (B, latent_channels, H/4, W/4) or back.
 
-    Call `encode` and `decode`. `width` is the number of channels at half the size. The flow's
-    network takes `latent_shape` as its `shape`.
+    Call `encode` and `decode`. `width` is the number of channels at half the image size. The
+    network of a flow on latents takes `latent_shape` as its `shape`.
     """
 
     def __init__(self, shape=(1, 32, 32), latent_channels=4, width=32):
@@ -97,7 +84,7 @@ class VAE(nn.Module):
         assert H % 4 == 0 and W % 4 == 0, f'height and width must be divisible by 4, got {H}x{W}'
         self.latent_shape = (latent_channels, H // 4, W // 4)
 
-        # The shapes are those of the outputs for MNIST. A stride of 2 halves the size.
+        # Behind each line is the shape of its output for MNIST. A stride of 2 halves the size.
         self.encoder = nn.Sequential(
             nn.Conv2d(C, width, 4, stride=2, padding=1), nn.SiLU(),             # (32, 16, 16)
             nn.Conv2d(width, 2 * width, 4, stride=2, padding=1), nn.SiLU(),     # (64, 8, 8)
@@ -105,8 +92,8 @@ class VAE(nn.Module):
             nn.Conv2d(2 * width, 2 * latent_channels, 1),                       # (8, 8, 8)
         )
 
-        # PixelShuffle (Shi et al. 2016, arXiv 1609.05158) doubles the size: it lays out four
-        # channels as 2x2 pixels, so the convolution before it works at the small size.
+        # PixelShuffle (Shi et al. 2016, arXiv 1609.05158) doubles the size by laying out four
+        # channels as 2x2 pixels, so the convolution in front of it works at the smaller size.
         self.decoder = nn.Sequential(
             nn.Conv2d(latent_channels, 2 * width, 3, padding=1), nn.SiLU(),     # (64, 8, 8)
             nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.SiLU(),           # (64, 8, 8)
