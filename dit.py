@@ -1,8 +1,8 @@
 """The DiT: part 2.2 of the lecture (Peebles & Xie 2022, arXiv 2212.09748).
 
-DiT stands for diffusion transformer. It cuts the image into patches that do not overlap, and a
-linear layer turns each patch into a vector, called a token, as in the Vision Transformer (ViT,
-Dosovitskiy et al. 2020, arXiv 2010.11929). From then on, the patches exchange information
+The DiT, or diffusion transformer, cuts the image into patches that do not overlap, and a linear
+layer turns each patch into a vector, called a token, as in the Vision Transformer (ViT,
+Dosovitskiy et al. 2020, arXiv 2010.11929). From then on, the tokens exchange information
 through self-attention alone, without convolutions. By default, the shapes are:
 
     x (1, 32, 32)
@@ -14,13 +14,13 @@ through self-attention alone, without convolutions. By default, the shapes are:
     ↓ unpatchify
     u (1, 32, 32)
 
-In the lecture, position, time and label enter the blocks together with the tokens. Here, each
-token has a vector for its position added to it, and one vector for time and label,
-c = SiLU(MLP(t) + embedding(y)), is injected into every block. This way, called adaLN-Zero (see
-DiTBlock), worked better in the DiT paper than extra tokens for time and label.
+In the lecture, position, time and label enter the blocks together with the tokens. Here, a
+vector for its position is added to each token, and one vector for time and label,
+c = SiLU(MLP(t) + embedding(y)), is injected into every block. This method, called adaLN-Zero
+(see DiTBlock), worked better in the DiT paper than extra tokens for time and label.
 
 Attention lets any two patches meet in one layer, whereas a 3x3 convolution reaches only the
-next pixel. The price is an N x N table of scores for N tokens.
+next pixel. The price is an N x N table of attention scores for N tokens.
 """
 
 import torch
@@ -31,7 +31,7 @@ from tinyflow import ConditionEmbedding
 
 # ---- Patches and positions -----------------------------------------------------------------------
 def patchify(x, patch):
-    """Cut images x (B, C, H, W) into N squares with side p = patch: (B, N, C·p·p)."""
+    """Cut images x (B, C, H, W) into N squares of side p = patch: (B, N, C·p·p)."""
     B, C, H, W = x.shape
     x = x.reshape(B, C, H // patch, patch, W // patch, patch)   # (B, C, rows, p, columns, p)
     x = x.permute(0, 2, 4, 1, 3, 5)                             # (B, rows, columns, C, p, p)
@@ -49,12 +49,12 @@ def unpatchify(patches, patch, shape):
 def position_embedding(rows, columns, dim):
     """One fixed vector for each place in a grid, row by row: (rows·columns, dim).
 
-    Half of it encodes the row and half the column, with sines and cosines (Vaswani et al. 2017,
-    arXiv 1706.03762). As in ConditionEmbedding, low frequencies tell distant places apart, and
-    high ones tell nearby places apart: neighbours differ by 1, one radian at frequency 1.
+    Half of each vector encodes the row and half the column, with sines and cosines (Vaswani
+    et al. 2017, arXiv 1706.03762). At frequency 1, neighbours are one radian apart, but the
+    waves repeat after six places. Lower frequencies tell distant places apart.
     """
     assert dim % 4 == 0, f'dim must be divisible by 4, got {dim}'
-    frequencies = torch.logspace(0, -2, dim // 4)                   # 1 … 1/100, for small grids
+    frequencies = torch.logspace(0, -2, dim // 4)                   # 1 … 1/100: the grid is small
     row = torch.arange(rows).repeat_interleave(columns)             # 2x3 places: 0 0 0 1 1 1
     column = torch.arange(columns).repeat(rows)                     # 2x3 places: 0 1 2 0 1 2
     row_angles = row[:, None] * frequencies                         # (N, dim/4)
@@ -69,8 +69,8 @@ class SelfAttention(nn.Module):
 
     Every token has a query (what it looks for), a key (what it can be found by) and a value
     (what it hands over). It receives the mean of all values, weighted by how well their keys
-    match its query. Each head works on its own d = dim/heads entries, with its own attention
-    weights, so a token can look for several things at once. `proj` then mixes the heads.
+    match its query. Each head works on its own d = dim/heads entries of q, k and v, with its
+    own attention weights, so a token can look for several things. `proj` mixes the heads.
     """
 
     def __init__(self, dim, heads):
@@ -83,25 +83,25 @@ class SelfAttention(nn.Module):
     def forward(self, h):
         B, N, dim = h.shape
         d = dim // self.heads
-        qkv = self.qkv(h).reshape(B, N, 3, self.heads, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, heads, N, d) each
+        qkv = self.qkv(h).reshape(B, N, 3, self.heads, d)           # q, k and v side by side
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B, heads, N, d)
 
         # Row i of the scores says how well each key matches query i. If the entries of q and k
-        # are independent, with mean 0 and variance 1, then q·k has standard deviation √d. If we
-        # did not divide by √d, the softmax could saturate, and its gradient would vanish.
+        # are independent, with mean 0 and variance 1, then q·k has standard deviation √d.
+        # Undivided, it could drive the softmax to 0 and 1, where its gradient vanishes.
         scores = q @ k.transpose(-2, -1) / d ** 0.5                 # (B, heads, N, N)
         h = scores.softmax(dim=-1) @ v                              # (B, heads, N, d)
-        return self.proj(h.transpose(1, 2).reshape(B, N, dim))      # heads concatenated
+        return self.proj(h.transpose(1, 2).reshape(B, N, dim))      # heads side by side
 
 
 class DiTBlock(nn.Module):
     """Attention, then an MLP, from tokens h (B, N, dim) to (B, N, dim), given c (B, dim).
 
-    Layer normalisation gives each token's entries mean 0 and standard deviation 1. Usually a
-    learned scale and shift follow. Here they are adaptive (adaLN): c supplies them, so they
-    depend on t and y. c also supplies a gate, a factor for what attention or the MLP adds to h.
-    All of these start at 0 (adaLN-Zero). With its gates shut, a new block is the identity,
-    which lets signals and gradients pass through a deep stack.
+    Layer normalisation gives the entries of each token mean 0 and standard deviation 1. Usually
+    a learned scale and shift follow. Here they are adaptive (adaLN): c supplies them, so they
+    depend on t and y. c also supplies a gate, a factor for what is added to h. Attention and
+    MLP have a scale, a shift and a gate each. They all start at 0 (adaLN-Zero), so a new block
+    is the identity, which lets signals and gradients pass through a deep stack.
     """
 
     def __init__(self, dim, heads):
@@ -124,7 +124,7 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """The network u_t^θ(x, y), for images x (B, C, H, W), times t (B,) and labels y (B,).
 
-    H and W must be divisible by `patch`. On latents, DiT((4, 8, 8), patch=2) has 16 tokens.
+    H and W must be divisible by `patch`. DiT((4, 8, 8), patch=2), for latents, has 16 tokens.
     """
 
     def __init__(self, shape=(1, 32, 32), patch=4, dim=128, depth=6, heads=4, num_classes=10):
@@ -137,16 +137,16 @@ class DiT(nn.Module):
         self.condition = ConditionEmbedding(dim, num_classes)           # t, y to c
         self.first = nn.Linear(C * patch * patch, dim)
 
-        # Attention does not know where a token is: from shuffled tokens it makes the same
-        # results, shuffled. So each token gets its position added. It is a buffer, which is
-        # saved and moves with `.to(device)` but is not trained.
+        # Attention does not know where a token is: given shuffled tokens, it returns the same
+        # results, shuffled. So we add positions. The buffer is saved and moves, but is not
+        # trained.
         self.register_buffer('position', position_embedding(H // patch, W // patch, dim))
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
 
-        # With zeros in `last`, a new network predicts u = 0. Zeros in a gate shut one branch
-        # beside an open shortcut, but these zeros shut the only way. So only `last` has a
-        # gradient in the first step. In the second, `first`, the gates and `last_modulation`
-        # have one, too. Once the gates are open, all layers learn.
+        # With zeros in `last`, a new network predicts u = 0. Nothing bypasses `last`, so in
+        # step 1 only `last` has a gradient. In step 2, shortcuts lead the gradient past the
+        # closed gates to `first`, and the gates and `last_modulation` have one too. Then all
+        # learn.
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = nn.Linear(dim, 2 * dim)
         self.last = nn.Linear(dim, C * patch * patch)

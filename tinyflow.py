@@ -17,16 +17,16 @@ by regression (flow matching, Lipman et al. 2022, arXiv 2210.02747). Here is the
     x         X_t, a point between noise and data                               like z
     u         a velocity at x; u_target is u_t^target(x|z)                      like z
     w         guidance scale: 0 ignores y, 1 is conditional, above 1 guided     a number
-    h         the length of one Euler step, 1/steps                             a number
+    1/steps   h, the length of one Euler step                                   a number
 
 A model is any nn.Module that has forward(x, t, y) -> u, which is u_t^θ(x, y), and two
 attributes: `shape`, the shape of one data point, for example (1, 32, 32), and `null_label`, the
-number that stands for ∅. That number is num_classes, so the labels themselves begin at 0.
+number that stands for ∅. It is num_classes, the first number that is not a label.
 
 The word "conditional" has two meanings. The path p_t(x|z) and the velocity u_t^target(x|z) are
 conditional on one data point z. The data p_data(z|y) and the field u_t^target(x|y), which we
-are after, are conditional on a label y. For the second meaning, the English notes of the course
-(Holderrieth & Erives, arXiv 2506.02070) say "guided", as in L_CFM^guided.
+are after, are conditional on a label y. In L_CFM^guided, the English notes of the course
+(Holderrieth & Erives, arXiv 2506.02070) say "guided" for this. Elsewhere, it means scaled by w.
 """
 
 import torch
@@ -56,15 +56,15 @@ def conditional_path(z, noise, t):
         x = α z + β ε
         u = α̇ z + β̇ ε
 
-    Why is the velocity a function of x? For given z and t < 1, exactly one curve passes through
-    x: the one with ε = (x - α z) / β. With this ε, u is the formula from the earlier lectures:
+    The velocity is made from z and ε. Why is it a function of x and z? For given z and t < 1,
+    exactly one curve passes through x: the one with ε = (x - α z) / β. With this ε, u is
 
         u_t^target(x|z) = (α̇ - (β̇/β) α) z + (β̇/β) x
 
     The code knows ε, so it does not have to divide by β. On the straight path, u = z - ε.
     """
     while t.dim() < z.dim():
-        t = t[..., None]                                    # (B, 1, 1, 1) for images
+        t = t[..., None]                                    # in the end (B, 1, 1, 1) for images
     alpha, beta, d_alpha, d_beta = gaussian_path(t)
     x = alpha * z + beta * noise                            # x ~ N(α z, β² I)
     u_target = d_alpha * z + d_beta * noise                 # dx/dt
@@ -75,7 +75,7 @@ def drop_labels(y, null_label, p_drop):
     """A copy of the labels y (B,), in which each label becomes ∅ with probability p_drop (1.2).
 
     Guidance needs two fields: u_t^θ(x, y) for the images with label y, and u_t^θ(x, ∅) for all
-    images together. One network learns both, because it sees some images without their label.
+    images, without a label: u_t(x). One network learns both, because some labels are dropped.
     """
     dropped = torch.rand(y.shape, device=y.device) < p_drop
     return torch.where(dropped, null_label, y)
@@ -90,24 +90,24 @@ def cfm_loss(model, z, y, p_drop=0.1):
     We want the marginal field u_t^target(x|y), but we regress onto v = u_t^target(x|z), the
     velocity of a single z. Why is that enough? Many z could have led to the same x. The network
     is given only x, t and y, so it cannot know which z it was: to the network, v is random. Let
-    E be the mean for given x, t and y. Then a prediction u has the mean squared error
+    m = E[v | x, t, y] be its mean. For given x, t and y, a prediction u has the error
 
-        E ‖u - v‖² = ‖u - E v‖² + E ‖v - E v‖²
+        E ‖u - v‖² = ‖u - m‖² + E ‖v - m‖²
 
-    because the cross term, 2 (u - E v) · E[E v - v], is 0. So the best prediction is E v. In
-    this mean, each z is weighted by how likely it is to have led to x, that is, by its
-    posterior probability. Given z, x no longer depends on y, so by Bayes' rule
+    because the cross term, 2 (u - m) · E[m - v], is 0. So the best prediction is u = m. In this
+    mean, each z is weighted by how likely it is to have led to x, that is, by its posterior
+    probability. Given z, x no longer depends on y, so by Bayes' rule
 
         p(z|x, y) = p_t(x|z) p_data(z|y) / p_t(x|y)
-        E v       = ∫ u_t^target(x|z) p(z|x, y) dz
+        m         = ∫ u_t^target(x|z) p(z|x, y) dz
 
     This is the marginal field u_t^target(x|y), which carries p_init to p_data(·|y), as an
     earlier lecture proves with the continuity equation. Nobody has to compute the integral: we
     regress onto the velocity of one z at a time, and yet learn the mean velocity over all z.
 
-    The loss stays above 0, unless x, t and the label that the network sees (which may be ∅)
-    leave only a single z. Its minimum is the average of E ‖v - E v‖². With dropped labels, the
-    loss is 1 - p_drop times the loss with true labels, plus p_drop times the loss with ∅.
+    For t < 1, every z can lead to every x. So the loss stays above 0, unless each label that
+    the network sees, ∅ included, has a single z. Its minimum is the average of E ‖v - m‖². With
+    dropped labels, it is 1 - p_drop times the loss with labels plus p_drop times that with ∅.
     """
     assert z.is_floating_point() and z.shape[1:] == tuple(model.shape), (
         f'z must be float of shape (B, *{tuple(model.shape)}), not {z.dtype} {tuple(z.shape)}')
@@ -139,11 +139,11 @@ def guided_velocity(model, x, t, y, w):
 
         u_t(x|y) - u_t(x) = (1-t)/t ∇ log p_t(y|x)
 
-    where ∇ is the gradient with respect to x. The README has the proof. So guidance climbs the
-    gradient of a classifier that nobody had to train: it moves x towards what distinguishes y
-    from the other labels, not towards the middle of the data with label y. For w > 1, samples
-    crowd where the classifier is surest. They lose variety and may overshoot, as in the demo
-    for w = 3. On MNIST, w = 1.5 or 2 works well.
+    where p_t(y|x) is the probability that a noisy point x has the label y, and ∇ is taken with
+    respect to x. The README has the proof. So guidance climbs the gradient of a classifier that
+    nobody had to train: it moves x towards what distinguishes y from the other labels, not
+    towards the middle of the data with label y. For w > 1, samples crowd where the classifier
+    is surest. They lose variety and may overshoot, as in the demo. On MNIST, w = 2 works well.
     """
     if w == 1:
         return model(x, t, y)                               # ∅ is not needed
@@ -195,7 +195,7 @@ class ConditionEmbedding(nn.Module):
         # A network is slow to learn fast-changing functions of a single number. So we give it
         # sines and cosines of t. Low frequencies tell early from late, and high ones tell
         # nearby times apart: at frequency 1000, a step of 0.001 turns the angle by one radian.
-        self.register_buffer('frequencies', torch.logspace(0, 3, dim // 2))     # fixed: a buffer
+        self.register_buffer('frequencies', torch.logspace(0, 3, dim // 2))     # not trained
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Embedding(num_classes + 1, dim)     # the last one is for ∅
 
@@ -204,8 +204,8 @@ class ConditionEmbedding(nn.Module):
             f't and y must both be (B,), got {tuple(t.shape)} and {tuple(y.shape)}')
         angles = t[:, None] * self.frequencies                          # (B, dim/2)
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)          # (B, dim)
-        # The blocks apply linear layers to c. If c were just the sum of time and label, they
-        # could only add something for t and something for y. A SiLU lets the two interact.
+        # Blocks apply a linear layer to c. Of a plain sum of time and label, it could only make
+        # a term for t plus a term for y. After a SiLU, what it makes of y can depend on t.
         return F.silu(self.time(waves) + self.label(y))                 # c, (B, dim)
 
 
@@ -237,7 +237,7 @@ if __name__ == '__main__':
         loss.backward()
         optimizer.step()
 
-    # We look at the first coordinate only, in which the two clouds differ.
+    # The clouds differ in the first coordinate. At w = 1, mean and spread must be 1.5 and 0.5.
     for w, meaning in [(0, 'y is ignored'), (1, 'label 1'), (3, 'label 1, guided')]:
         first, _ = sample(model, torch.full((4000,), 1), w=w).T
         print(f'w = {w}: mean {first.mean():5.2f}, spread {first.std():.2f}   ({meaning})')

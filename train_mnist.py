@@ -3,17 +3,17 @@
     python train_mnist.py                    train the U-Net, on 32x32 pixels (part 2.1)
     python train_mnist.py --model dit        train the DiT instead (2.2)
     python train_mnist.py --latent           train a VAE, then the U-Net on its latents (2.3)
-    python train_mnist.py --prompt 314       train nothing: a trained U-Net draws these digits
+    python train_mnist.py --prompt 314       no training: the trained U-Net draws these digits
 
 On two CPU cores the first command takes from 5 to 15 minutes, and it draws its first digits
-after a third of that time. A run that was stopped cannot be continued, but --prompt draws with
-the network of its last full epoch. The folder out/ gets these files, with NAME = unet or so:
+after a third of that time. A run that was stopped cannot be resumed, but --prompt draws with
+the network from its last full epoch. These files go to out/ (NAME is, for example, unet):
 
     NAME.pt              the checkpoint, written after each epoch
-    NAME_epoch1.png      the ten digits after epoch 1 (then 2, ...), with a row for each w
+    NAME_epoch1.png      the digits after epoch 1 (2, ...): rows for w = 0 (no label), 1, 2, 4
     NAME_path.png        X_t from noise to digit: a row for each digit, a column for each time
-    NAME_vae.png         with --latent: test digits, above what the VAE makes of them
-    NAME_prompt.png      with --prompt: these digits, with a row for each w
+    NAME_vae.png         with --latent: test digits, above their reconstructions by the VAE
+    NAME_prompt.png      with --prompt: the requested digits, in rows as above
 """
 
 import math
@@ -34,8 +34,8 @@ from vae import VAE, reparameterize, vae_loss
 
 
 # ---- Settings ------------------------------------------------------------------------------------
-# Four runs, each a network and the number of epochs (passes over all images) to train it for. A
-# latent is only (4, 8, 8): two levels instead of four, and patches of 2x2 instead of 4x4.
+# Each run trains a network for a number of epochs (passes over all images). A latent is only
+# (4, 8, 8), so there the U-Net gets two levels (not four), and the DiT 2x2 patches (not 4x4).
 RUNS = {
     'unet': dict(build=UNet, epochs=3),
     'dit': dict(build=DiT, epochs=3),
@@ -48,7 +48,7 @@ PEAK = 3e-3                                                 # the highest learni
 
 
 def main(argv=None):
-    """Run the program with the options in the list argv, or with those of the command line."""
+    """Run the program with the options in the list argv, or with those on the command line."""
     args = read_options(argv)
     name = f'{args.model}_latent' if args.latent else args.model
     stem = f'{args.out}/{name}'                             # all files of a run begin with it
@@ -90,8 +90,9 @@ def train(model, data, epochs, *, batch_size=BATCH_SIZE, peak=PEAK, vae=None, af
 
     data = (x_train, y_train, x_test, y_test), tensors on the model's device: images x, uint8
     (N, C, H, W), and labels y, int64 (N,), from 0 to num_classes - 1. With a `vae`, the flow
-    runs on its latents. `losses` has a number for each step, `held_out` one for each epoch. A
-    function after_epoch(epoch, losses, held_out), if given, is called after each epoch.
+    runs on its latents. `losses` has a number for each step, and `held_out` one for each epoch.
+    If you pass after_epoch(epoch, losses, held_out), it is called after each epoch, with the
+    model in eval mode, to save, draw or plot.
     """
     check_data(model, data)
     x_train, y_train, x_test, y_test = data
@@ -103,18 +104,18 @@ def train(model, data, epochs, *, batch_size=BATCH_SIZE, peak=PEAK, vae=None, af
     for epoch in range(1, epochs + 1):
         model.train()                                       # this matters if you add Dropout
         for indices in torch.randperm(len(x_train), device=x_train.device).split(batch_size):
-            # A minibatch (z, y) ~ p_data. With a VAE, z is the latent of an image (2.3).
+            # Take a minibatch (z, y) ~ p_data. With a VAE, z holds the latents of images (2.3).
             z = encode(vae, to_model(x_train[indices]))     # (B, C, H, W)
             y = y_train[indices]                            # (B,)
 
-            # The loss of 1.1, with one label in ten dropped (1.2). A new network predicts 0, so
-            # its first loss is the mean of (z - ε)², which is E z² + 1: about 1.94 on digits.
+            # This is the loss of 1.1, with one label in ten dropped (1.2). A new network
+            # predicts 0, so its first loss is the mean of (z - ε)², which is E z² + 1 = 1.94.
             loss = cfm_loss(model, z, y)
             optimizer.zero_grad()
             loss.backward()
 
-            # Gradient clipping shortens a gradient whose norm is above 1 to norm 1. Otherwise a
-            # rare, very large gradient could throw the weights off for many steps.
+            # Gradient clipping scales a gradient with a norm above 1 down to norm 1. Otherwise,
+            # a rare, very large gradient could upset Adam's averages for many steps.
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
             optimizer.param_groups[0]['lr'] = learning_rate(step, total, peak)
             optimizer.step()
@@ -122,7 +123,7 @@ def train(model, data, epochs, *, batch_size=BATCH_SIZE, peak=PEAK, vae=None, af
             step += 1
             report(step, losses, batch_size, start)
 
-        # The held-out loss is the same loss on 2,000 test images, in parts that fit in memory.
+        # The held-out loss: the same loss on up to 2,000 test images, a part of them at a time.
         model.eval()
         with torch.no_grad():
             parts = zip(x_test[:2000].split(250), y_test[:2000].split(250))
@@ -138,9 +139,9 @@ def train(model, data, epochs, *, batch_size=BATCH_SIZE, peak=PEAK, vae=None, af
 def learning_rate(step, total, peak):
     """The learning rate at step = 0, 1, …, total - 1: a linear warmup times a cosine decay.
 
-    Adam (arXiv 1412.6980) takes full-size steps from the start, when the averages that scale
-    them have seen only a few gradients. So we warm up over a twentieth of the run. Later, the
-    weights jump around a good solution, because minibatches differ. So we let the rate decay.
+    Adam (arXiv 1412.6980) takes full-size steps from the start, although the averages that
+    scale them have seen few gradients. So we warm up over the first twentieth of the run.
+    Later, minibatches make the weights jump around a good solution. So the rate decays.
     """
     warmup = min(1, (step + 1) / (0.05 * total))
     decay = (1 + math.cos(math.pi * step / total)) / 2
@@ -148,15 +149,15 @@ def learning_rate(step, total, peak):
 
 
 def check_data(model, data):
-    """Refuse data that `train` would accept in silence and learn nonsense from."""
+    """Check the data, because some mistakes would pass in silence and train a useless model."""
     x_train, y_train, x_test, y_test = data
-    for half, x, y in ('training', x_train, y_train), ('test', x_test, y_test):
+    for half, x, y in [('training', x_train, y_train), ('test', x_test, y_test)]:
         assert torch.is_tensor(x) and x.dtype == torch.uint8, (
             f'{half} images must be a uint8 tensor (0 to 255), got {x.dtype} in {type(x)}')
         assert len(x) > 0 and y.shape == (len(x),), (
             f'each {half} image needs a label, got {len(x)} images and labels {tuple(y.shape)}')
         assert y.min() >= 0 and y.max() < model.null_label, (
-            f'{half} labels are 0 to {model.null_label - 1}, got {y.min()} to {y.max()}')
+            f'{half} labels must be 0 to {model.null_label - 1}, got {y.min()} to {y.max()}')
 
 
 def report(step, losses, batch_size, start):
@@ -164,7 +165,7 @@ def report(step, losses, batch_size, start):
     if step == 1 or step % 50 == 0:                     # rarely: reading a loss waits for the GPU
         total, loss = len(losses), losses[max(0, step - 50):step].mean().item()
         assert math.isfinite(loss), f'the loss is {loss}: try a lower learning rate'
-        seconds = (time.perf_counter() - start) / step                      # for one step
+        seconds = (time.perf_counter() - start) / step                      # a step
         print(f'step {step} of {total}, loss {loss:.4f}, {batch_size / seconds:.0f} img/s, '
               f'{seconds * (total - step) / 60:.1f} min left', flush=True)
 
@@ -176,8 +177,7 @@ def train_vae(data, epochs=2, *, batch_size=32, peak=2e-3, beta=1e-3):
     vae = VAE(x_train.shape[1:]).to(x_train.device)
     optimizer = torch.optim.Adam(vae.parameters(), lr=peak)
     total = epochs * math.ceil(len(x_train) / batch_size)
-    losses = torch.zeros(total, device=x_train.device)
-    step, start = 0, time.perf_counter()
+    losses, step, start = torch.zeros(total, device=x_train.device), 0, time.perf_counter()
 
     for epoch in range(1, epochs + 1):
         for indices in torch.randperm(len(x_train), device=x_train.device).split(batch_size):
@@ -190,25 +190,25 @@ def train_vae(data, epochs=2, *, batch_size=32, peak=2e-3, beta=1e-3):
             losses[step] = loss.detach()
             step += 1
             report(step, losses, batch_size, start)
-        print(f'VAE: epoch {epoch} of {epochs} done, mse {mse:.4f}, KL {kl:.0f}', flush=True)
+        print(f'VAE: epoch {epoch} of {epochs}, last mse {mse:.4f}, last KL {kl:.0f}', flush=True)
 
     return vae.eval().requires_grad_(False)
 
 
 def encode(vae, x):
-    """The data z of the flow: latents z ~ q(z|x), or without a VAE the images x themselves."""
+    """The data z of the flow for images x: z ~ q(z|x) or, without a VAE, x itself."""
     return reparameterize(*vae.encode(x)) if vae else x
 
 
 def decode(vae, z):
-    """The images that belong to samples z of the flow: D(z), or without a VAE z itself."""
+    """The images for samples z of the flow: D(z) or, without a VAE, z itself."""
     return vae.decode(z) if vae else z
 
 
 # ---- Drawing (Algorithm 1) -----------------------------------------------------------------------
 def starting_noise(model, y, seed):
     """X_0 for each label in y (B,): the same for every w, epoch and device."""
-    generator = torch.Generator().manual_seed(seed)     # leaves that of a running training alone
+    generator = torch.Generator().manual_seed(seed)     # does not disturb a training run
     return torch.randn(len(y), *model.shape, generator=generator).to(y.device)
 
 
@@ -219,7 +219,7 @@ def draw(model, y, *, w, vae=None, steps=50, seed=0):
 
 
 def draw_guidance(file, model, y, scales, *, vae=None, steps=50, seed=0):
-    """Draw a row for each guidance scale w in `scales`, a column for each label in y (B,)."""
+    """Draw a row for each guidance scale w in `scales`, and a column for each label in y."""
     rows = [draw(model, y, w=w, vae=vae, steps=steps, seed=seed) for w in scales]
     save_picture(file, torch.cat(rows), columns=len(y))
 
@@ -233,14 +233,14 @@ def draw_path(file, model, y, *, w, vae=None, steps=50, seed=0):
 
 
 def draw_reconstructions(file, vae, x):
-    """Draw images x, uint8 (B, C, H, W), above what the VAE makes of their means."""
+    """Draw images x, uint8 (B, C, H, W), above their reconstructions from the latent means."""
     mean, _ = vae.encode(to_model(x))
     save_picture(file, torch.cat([x.cpu(), to_pixels(vae.decode(mean))]), columns=len(x))
 
 
 # ---- Checkpoints, data and pictures --------------------------------------------------------------
 def save_checkpoint(file, name, model, vae, losses, held_out):
-    """Save what drawing needs, with `name` as in RUNS, and the losses, for your own plots."""
+    """Save what drawing needs (`name` is a key of RUNS), and the losses for your own plots."""
     checkpoint = dict(name=name, losses=losses, held_out=held_out, model=model.state_dict(),
                       vae=vae.state_dict() if vae else None)
     # We write to another file and rename it, so that no checkpoint is ever half written.
@@ -272,7 +272,7 @@ def load_mnist(file):
             assert x.dtype == np.uint8 and x.shape[1:] == (28, 28), (
                 f'{file}: x_{half} must be uint8 (N, 28, 28), not {x.dtype} {x.shape}')
             assert y.shape == x.shape[:1] and np.isin(y, range(10)).all(), (
-                f'{file}: y_{half} must be a label from 0 to 9 for each of {len(x)} images')
+                f'{file}: y_{half} must hold a label from 0 to 9 for each of {len(x)} images')
             x = np.pad(x[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))        # (N, 1, 32, 32)
             data += [torch.from_numpy(x), torch.from_numpy(y.astype(np.int64))]
     return tuple(data)
@@ -303,7 +303,7 @@ def save_picture(file, images, columns):
 
 
 def save_png(file, pixels):
-    """Write pixels (H, W, 3), uint8, as a PNG file, without any library for images."""
+    """Write pixels (H, W, 3), uint8, as a PNG file, without an image library."""
     def chunk(tag, content):
         check = zlib.crc32(tag + content)
         return struct.pack('>I', len(content)) + tag + content + struct.pack('>I', check)
@@ -327,12 +327,12 @@ def read_options(argv):
     option('--model', choices=['unet', 'dit'], default='unet', help='default: %(default)s')
     option('--latent', action='store_true', help='train a VAE first, then the flow on its latents')
     option('--epochs', type=int, help=f'default: {epochs}')
-    option('--batch-size', type=int, default=BATCH_SIZE, help='of the flow; default: %(default)s')
-    option('--lr', type=float, default=PEAK, help="the flow's highest rate; default: %(default)s")
-    option('--guidance', type=float, nargs='+', default=[0, 1, 2, 4], help='the w of each row')
-    option('--steps', type=int, default=50, help='Euler steps of a drawing; default: %(default)s')
-    option('--prompt', metavar='DIGITS', help='to draw; give --model, --latent and --out as before')
-    option('--seed', type=int, default=0, help='of all random numbers; default: %(default)s')
+    option('--batch-size', type=int, default=BATCH_SIZE, help='for the flow; default: %(default)s')
+    option('--lr', type=float, default=PEAK, help='highest learning rate; default: %(default)s')
+    option('--guidance', type=float, nargs='+', default=[0, 1, 2, 4], help='scale w of each row')
+    option('--steps', type=int, default=50, help='Euler steps per drawing; default: %(default)s')
+    option('--prompt', metavar='DIGITS', help='needs the --model, --latent and --out of training')
+    option('--seed', type=int, default=0, help='for all random numbers; default: %(default)s')
     option('--device', default=device, help='default on this machine: %(default)s')
     option('--data', default=f'{here}/data/mnist.npz', help='default: the data beside this script')
     option('--out', default='out', help='default: the folder out/ in the current folder')

@@ -1,16 +1,16 @@
 """The U-Net: part 2.1 of the lecture (Ronneberger et al. 2015, arXiv 1505.04597).
 
-A 3x3 convolution widens the receptive field of a pixel, the part of the image that the pixel
-depends on, by one pixel on each side. But a seven is a seven only as a whole. So the encoder
+A 3x3 convolution widens the receptive field, the part of the image that reaches a pixel through
+convolutions, by one pixel on each side. But a seven is a seven only as a whole. So the encoder
 halves height and width from level to level. After each halving, a pixel covers twice as many
 rows and columns of the image, so the same 3x3 convolution reaches twice as far. At the bottom,
-only 4x4 pixels are left. The convolutions let each of them see the whole image, and its many
-channels say what the image shows. The decoder then doubles the size back, level by level.
+only 4x4 pixels are left. Each of these pixels sees the whole image, and its 128 channels say
+what the image shows. The decoder then doubles the size again, level by level.
 
-Halving throws away where exactly each stroke was. The skip connections bring it back. At each
-level, a decoder block gets the features from below, concatenated with those of the encoder
+Halving loses exactly where each stroke was. The skip connections restore this information. At
+each level, a decoder block gets the features from below, concatenated with those of the encoder
 block at the same level, and reduces them to as many channels as the level above has. Here are
-the shapes by default. Read the left column downwards, then the right column upwards:
+the default shapes. Read the left column downwards, then the right column upwards:
 
     encoder                                          decoder
     x             (1, 32, 32)                        u             (1, 32, 32)
@@ -35,11 +35,11 @@ from tinyflow import ConditionEmbedding
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with a shortcut around them. Between them, c injects t and y.
+    """Two convolutions with a shortcut around them, and time and label injected in between.
 
-    It turns features h (B, in_channels, H, W) into (B, out_channels, H, W); c is (B, cond_dim).
-    The block comes from DDPM (Ho et al. 2020, arXiv 2006.11239). To inject c as a scale and a
-    shift after the normalisation is an idea of Dhariwal & Nichol (2021, arXiv 2105.05233).
+    It turns features h (B, in_channels, H, W) into (B, out_channels, H, W), given the vector c
+    (B, cond_dim) of t and y. The block is that of DDPM (Ho et al. 2020, arXiv 2006.11239), but
+    c enters as a scale and a shift, as in Dhariwal & Nichol (2021, arXiv 2105.05233).
     """
 
     def __init__(self, in_channels, out_channels, cond_dim):
@@ -58,7 +58,7 @@ class ResidualBlock(nn.Module):
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
-        # With zeros in conv2, a new block is just its shortcut, so signals and gradients pass.
+        # With zeros in conv2, a new block is just its shortcut, which every gradient passes.
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
@@ -66,8 +66,8 @@ class ResidualBlock(nn.Module):
         shortcut = self.shortcut(h)                                 # (B, out_channels, H, W)
         h = self.conv1(F.silu(self.norm1(h)))                       # (B, out_channels, H, W)
 
-        # An affine map injects t and y: c gives a scale and a shift for each channel, the same
-        # for all pixels (FiLM, Perez et al. 2017, arXiv 1709.07871). Zeros change nothing.
+        # An affine map injects t and y: c gives each channel a scale and a shift, the same for
+        # all pixels (FiLM, Perez et al. 2017, arXiv 1709.07871). If both are 0, h stays.
         scale, shift = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
         h = (1 + scale) * self.norm2(h) + shift                     # scale: (B, out_channels, 1, 1)
         return shortcut + self.conv2(F.silu(h))                     # (B, out_channels, H, W)
@@ -77,21 +77,21 @@ class UNet(nn.Module):
     """The network u_t^θ(x, y), for images x (B, C, H, W), times t (B,) and labels y (B,).
 
     By default x is in R^{1x32x32} and y in {0, …, 9, ∅}, as in Lab Three, but any H and W will
-    do. `widths` are the numbers of channels at each level, from top to bottom. There are few
-    channels where there are many pixels, so that each level costs about as much as the others.
+    do. `widths` gives the number of channels at each level, from top to bottom. There are few
+    channels where there are many pixels, so that all levels cost about the same.
     """
 
     def __init__(self, shape=(1, 32, 32), widths=(16, 48, 64, 128), num_classes=10):
         super().__init__()
         self.shape = tuple(shape)                                   # of one image
         self.null_label = num_classes                               # ∅
-        cond_dim = 2 * widths[-1]                                   # the longest scale and shift
+        cond_dim = 2 * widths[-1]                           # scale and shift of the bottleneck
         self.condition = ConditionEmbedding(cond_dim, num_classes)
         self.first = nn.Conv2d(shape[0], widths[0], 3, padding=1)
 
         # Down: a level's encoder block turns the channels of the level above into `width`. Up:
         # its decoder block gets `width` channels from below and `width` from the skip, and
-        # returns as many as the level above has. insert(0, …) puts the deepest one first.
+        # returns as many as the level above has. insert(0, …) puts the deepest block first.
         self.encoder = nn.ModuleList()
         self.decoder = nn.ModuleList()
         above = widths[0]                                           # from `first`
@@ -101,7 +101,7 @@ class UNet(nn.Module):
             above = width
         self.bottleneck = ResidualBlock(widths[-1], widths[-1], cond_dim)
 
-        # With zeros in `last`, a new network predicts u = 0: no random output to unlearn.
+        # With zeros in `last`, a new network predicts u = 0 and has nothing random to unlearn.
         self.last_norm = nn.GroupNorm(1, widths[0])
         self.last = nn.Conv2d(widths[0], shape[0], 3, padding=1)
         nn.init.zeros_(self.last.weight)

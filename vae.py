@@ -59,7 +59,7 @@ def vae_loss(vae, x, beta):
     keeps the clouds q(z|x) from shrinking to points. So the decoder learns to turn a whole
     cloud into the same image, and forgives a flow's small errors. Second, the KL sets the scale
     of the latents. The best scale is the one where the mean square of z is 1, as it is for the
-    noise in X_t. (A small beta pulls slowly: after our two epochs it is 0.63.)
+    noise in X_t. (After our two epochs, it is 0.97.)
 
     But beta must be small. With a large beta, the clouds of different images would overlap, and
     the decoder would paint the average of these images, a blur that no flow can undo.
