@@ -138,15 +138,14 @@ class DiT(nn.Module):
         self.first = nn.Linear(C * patch * patch, dim)
 
         # Attention does not know where a token is: given shuffled tokens, it returns the same
-        # results, shuffled. So we add positions. The buffer is saved and moves, but is not
-        # trained.
+        # results, shuffled. So we add positions. Being a buffer, they are not trained.
         self.register_buffer('position', position_embedding(H // patch, W // patch, dim))
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
 
         # With zeros in `last`, a new network predicts u = 0. Nothing bypasses `last`, so in
         # step 1 only `last` has a gradient. In step 2, shortcuts lead the gradient past the
-        # closed gates to `first`, and the gates and `last_modulation` have one too. Then all
-        # learn.
+        # closed gates to `first`, and the gates and `last_modulation` have one too.
+
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = nn.Linear(dim, 2 * dim)
         self.last = nn.Linear(dim, C * patch * patch)

@@ -401,12 +401,6 @@ def test_unpatchify_is_the_inverse_of_patchify():
     assert torch.equal(unpatchify(patchify(x, 2), 2, (3, 8, 12)), x)
 
 
-def test_each_place_has_waves_for_its_row_and_for_its_column():
-    row_3, column_1 = torch.tensor([[3, 0.3, 0.03], [1, 0.1, 0.01]])        # three waves each
-    expected = torch.cat([row_3.sin(), row_3.cos(), column_1.sin(), column_1.cos()])
-    assert torch.allclose(position_embedding(6, 4, 12)[3 * 4 + 1], expected, atol=1e-5)
-
-
 def test_attention_is_that_of_pytorch():
     ours, h = SelfAttention(24, heads=3), torch.randn(2, 7, 24)
     theirs = nn.MultiheadAttention(24, num_heads=3, batch_first=True)

@@ -2,7 +2,7 @@
 
 A flow turns noise into data. A point X_0 is sampled from pure noise, p_init = N(0, I). From
 t = 0 to t = 1 it follows a velocity field for a label y, dX_t = u_t(X_t|y) dt. With the right
-field it ends up as X_1 ~ p_data(·|y), a new image with that label. A network learns the field
+field, it ends up as X_1 ~ p_data(·|y), a new image with that label. A network learns the field
 by regression (flow matching, Lipman et al. 2022, arXiv 2210.02747). Here is the whole method:
 
     train     x = t z + (1-t) noise,    loss = ‖model(x, t, y or ∅) - (z - noise)‖²
@@ -21,11 +21,11 @@ by regression (flow matching, Lipman et al. 2022, arXiv 2210.02747). Here is the
 
 A model is any nn.Module that has forward(x, t, y) -> u, which is u_t^θ(x, y), and two
 attributes: `shape`, the shape of one data point, for example (1, 32, 32), and `null_label`, the
-number that stands for ∅. It is num_classes, the first number that is not a label.
+number that stands for ∅. It is num_classes, the first number that is not a label itself.
 
 The word "conditional" has two meanings. The path p_t(x|z) and the velocity u_t^target(x|z) are
-conditional on one data point z. The data p_data(z|y) and the field u_t^target(x|y), which we
-are after, are conditional on a label y. In L_CFM^guided, the English notes of the course
+conditional on one data point z. The data p_data(z|y) and the field that we want,
+u_t^target(x|y), are conditional on a label y. In L_CFM^guided, the course's English notes
 (Holderrieth & Erives, arXiv 2506.02070) say "guided" for this. Elsewhere, it means scaled by w.
 """
 
@@ -40,8 +40,8 @@ def gaussian_path(t):
 
     At t = 0 the path must be pure noise, so α = 0 and β = 1. At t = 1 it must be the data
     point z, so α = 1 and β = 0. In between, any smooth α and β will do, as long as β > 0 before
-    t = 1. With the two that we choose here, x moves along a straight line (rectified flow, Liu
-    et al. 2022, arXiv 2209.03003). Try others: no other code has to change.
+    t = 1. With the two chosen here, x moves along a straight line (rectified flow, Liu et al.
+    2022, arXiv 2209.03003). Try another choice: no other code has to change.
     """
     alpha, d_alpha = t, torch.ones_like(t)
     beta, d_beta = 1 - t, -torch.ones_like(t)
@@ -51,13 +51,13 @@ def gaussian_path(t):
 def conditional_path(z, noise, t):
     """A point x ~ p_t(·|z) and its velocity u_t^target(x|z), both shaped like z.
 
-    Each pair of z and ε has its own curve x from noise to data, with its time derivative u:
+    Each pair (z, ε) has its own curve x from noise to data, whose time derivative is u:
 
         x = α z + β ε
         u = α̇ z + β̇ ε
 
     The velocity is made from z and ε. Why is it a function of x and z? For given z and t < 1,
-    exactly one curve passes through x: the one with ε = (x - α z) / β. With this ε, u is
+    exactly one curve passes through x: the one with ε = (x - α z) / β. With this ε, u becomes
 
         u_t^target(x|z) = (α̇ - (β̇/β) α) z + (β̇/β) x
 
@@ -87,9 +87,9 @@ def cfm_loss(model, z, y, p_drop=0.1):
         L_CFM^guided(θ) = E ‖u_t^θ(x, y) - u_t^target(x|z)‖²
         over (z, y) ~ p_data, t ~ Unif, x ~ p_t(·|z)
 
-    We want the marginal field u_t^target(x|y), but we regress onto v = u_t^target(x|z), the
-    velocity of a single z. Why is that enough? Many z could have led to the same x. The network
-    is given only x, t and y, so it cannot know which z it was: to the network, v is random. Let
+    We want the field u_t^target(x|y), but we regress onto v = u_t^target(x|z), the velocity of
+    a single z. Why is that enough? Many z could have led to the same x. The network is given
+    only x, t and y, so it cannot know which z it was: to the network, v is random. Let
     m = E[v | x, t, y] be its mean. For given x, t and y, a prediction u has the error
 
         E ‖u - v‖² = ‖u - m‖² + E ‖v - m‖²
@@ -101,13 +101,14 @@ def cfm_loss(model, z, y, p_drop=0.1):
         p(z|x, y) = p_t(x|z) p_data(z|y) / p_t(x|y)
         m         = ∫ u_t^target(x|z) p(z|x, y) dz
 
-    This is the marginal field u_t^target(x|y), which carries p_init to p_data(·|y), as an
-    earlier lecture proves with the continuity equation. Nobody has to compute the integral: we
-    regress onto the velocity of one z at a time, and yet learn the mean velocity over all z.
+    So m is the marginal field u_t^target(x|y), which carries p_init to p_data(·|y), as an
+    earlier lecture proves with the continuity equation. We never have to compute the integral:
+    we regress onto the velocity of one z at a time, and yet learn the mean velocity over all z.
 
     For t < 1, every z can lead to every x. So the loss stays above 0, unless each label that
     the network sees, ∅ included, has a single z. Its minimum is the average of E ‖v - m‖². With
-    dropped labels, it is 1 - p_drop times the loss with labels plus p_drop times that with ∅.
+    dropped labels, it is (1 - p_drop) times the loss with labels plus p_drop times the loss
+    with ∅.
     """
     assert z.is_floating_point() and z.shape[1:] == tuple(model.shape), (
         f'z must be float of shape (B, *{tuple(model.shape)}), not {z.dtype} {tuple(z.shape)}')
@@ -132,8 +133,8 @@ def guided_velocity(model, x, t, y, w):
 
     A perfect network with perfect labels would need no guidance: w = 1 would be right. In
     practice, networks underfit and some labels are wrong, so samples don't follow their label
-    as closely as they should. So we turn up the influence of y by hand, with w > 1. (Ho &
-    Salimans 2022, arXiv 2207.12598, count differently: their w is our w - 1.)
+    as closely as they should. We therefore turn up the influence of y by hand, with w > 1. (Ho
+    & Salimans 2022, arXiv 2207.12598, define w differently: theirs is our w - 1.)
 
     In which direction does guidance push x? On the straight path, for 0 < t < 1,
 
@@ -142,8 +143,8 @@ def guided_velocity(model, x, t, y, w):
     where p_t(y|x) is the probability that a noisy point x has the label y, and ∇ is taken with
     respect to x. The README has the proof. So guidance climbs the gradient of a classifier that
     nobody had to train: it moves x towards what distinguishes y from the other labels, not
-    towards the middle of the data with label y. For w > 1, samples crowd where the classifier
-    is surest. They lose variety and may overshoot, as in the demo. On MNIST, w = 2 works well.
+    towards the middle of the data with label y. For w > 1, samples crowd together where the
+    classifier is surest. They lose variety and may overshoot, as they do in the demo.
     """
     if w == 1:
         return model(x, t, y)                               # ∅ is not needed
@@ -162,7 +163,7 @@ def euler(velocity, x, steps):
 
     Why do we need many steps, when the curve of each pair (z, ε) is a straight line? X_t does
     not follow the line of one pair. It follows the mean velocity of many pairs, whose weights
-    change along the way, so its curve bends. Twice as many steps leave about half the error.
+    change along the way, so its curve bends. Twice the steps roughly halve the error.
     """
     assert steps >= 1, f'Euler needs at least one step, got {steps}'
     states = [x]
@@ -174,7 +175,7 @@ def euler(velocity, x, steps):
 
 
 def sample(model, y, *, w=1.0, steps=50, noise=None):
-    """Algorithm 1: a sample X_1, of shape model.shape, for each label in y (B,).
+    """Algorithm 1 of the lecture: a sample X_1, of shape model.shape, for each label in y (B,).
 
     The default, w = 1, means no guidance, whereas Algorithm 1 has w > 1. `noise` is X_0.
     """
@@ -188,7 +189,7 @@ def sample(model, y, *, w=1.0, steps=50, noise=None):
 
 # ---- 2.1 Time and label as a vector --------------------------------------------------------------
 class ConditionEmbedding(nn.Module):
-    """Turns t and y, both (B,), into one vector c (B, dim) that all blocks share."""
+    """Turns t and y, both (B,), into a vector c (B, dim), one for all blocks of a network."""
 
     def __init__(self, dim, num_classes):
         super().__init__()

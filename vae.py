@@ -10,13 +10,13 @@ Rombach et al. 2021, arXiv 2112.10752). As in part 2.3, x is an image here, not 
     generate images      noise ── the flow ──> z̃ ── D ──> x̃
 
 A latent (4, 8, 8) has 256 numbers, while an image has 1,024. A variational autoencoder (Kingma
-& Welling 2013, arXiv 1312.6114) gives an image not one latent but a small cloud of latents. For
-each of the 256 numbers, the encoder gives a mean, and logvar = log σ², the logarithm of a
-variance. Then z is sampled from q(z|x) = N(mean, σ²), each number independently.
+& Welling 2013, arXiv 1312.6114) maps an image not to one latent but to a small cloud of
+latents. For each of the 256 numbers, the encoder outputs a mean and logvar = log σ², the
+logarithm of a variance. Then z is sampled from q(z|x) = N(mean, σ²), each number independently.
 
-Once the VAE is trained, `train_vae` in train_mnist.py freezes it. If the flow could change the
-encoder, training would move all latents to a single point z. Then X_t = t z + (1-t) ε would
-give away ε and z - ε. The loss would fall to 0, but z would say nothing about x.
+Once the VAE is trained, `train_vae` in train_mnist.py freezes it. If the flow's training could
+change the encoder, it would move all latents to a single point z. Then X_t = t z + (1-t) ε
+would give away ε, and so also z - ε. The loss would fall to 0, but z would say nothing about x.
 """
 
 import torch
@@ -27,8 +27,8 @@ def reparameterize(mean, logvar):
     """Sample z ~ N(mean, σ²), shaped like mean, with the reparameterization trick.
 
     Sampling by itself has no gradient. But in mean + σ ε, only ε ~ N(0, I) is random, so the
-    gradient reaches mean and σ, and through them the encoder. The encoder gives log σ², because
-    σ must be positive, whereas log σ² may be any number.
+    gradient reaches mean and σ, and through them the encoder. The encoder outputs log σ²,
+    because σ must be positive, whereas log σ² may be any number.
     """
     sigma = (logvar / 2).exp()
     return mean + sigma * torch.randn_like(mean)            # mean + σ ε
@@ -49,19 +49,19 @@ def vae_loss(vae, x, beta):
 
         loss = mse + beta · kl / d,    d = C·H·W
 
-    `mse`, the mean squared error, asks for good reconstructions. `kl` is KL(q(z|x) ‖ p(z)), a
-    mean over the images. It pulls each q(z|x) towards the prior p(z) = N(0, I). Up to a factor
-    and a constant, their sum is -ELBO, where the evidence lower bound (ELBO) is a lower bound
-    on the evidence, log p(x). The README has the proof. (This beta is not the path's β_t but,
-    up to a factor, the β of the β-VAE, Higgins et al. 2017.)
+    `mse`, the mean squared error, penalises poor reconstructions. `kl` is the mean of
+    KL(q(z|x) ‖ p(z)) over the images. It pulls each q(z|x) towards the prior p(z) = N(0, I). Up
+    to a factor and a constant, the loss is -ELBO, where the ELBO (evidence lower bound) bounds
+    the evidence log p(x) from below. The README has the proof. (This beta is not the path's β_t
+    but, up to a factor, the β of the β-VAE, Higgins et al. 2017.)
 
-    A flow can learn any distribution of latents, so what is the KL good for? First, its -log σ²
-    keeps the clouds q(z|x) from shrinking to points. So the decoder learns to turn a whole
-    cloud into the same image, and forgives a flow's small errors. Second, the KL sets the scale
-    of the latents. The best scale is the one where the mean square of z is 1, as it is for the
-    noise in X_t. (After our two epochs, it is 0.97.)
+    A flow can learn any distribution of latents, so what is the KL good for? First, its term
+    -log σ² keeps the clouds q(z|x) from shrinking to points. The decoder then learns to turn a
+    whole cloud into the same image, so it tolerates small errors of the flow. Second, the KL
+    sets the scale of the latents. The best scale is the one where the mean square of z is 1, as
+    it is for the noise in X_t. (After our two epochs, it is 0.97.)
 
-    But beta must be small. With a large beta, the clouds of different images would overlap, and
+    But beta must be small. With a large beta, the clouds of different images would overlap, so
     the decoder would paint the average of these images, a blur that no flow can undo.
     """
     mean, logvar = vae.encode(x)
@@ -74,8 +74,8 @@ def vae_loss(vae, x, beta):
 class VAE(nn.Module):
     """Turns images (B, C, H, W) in [-1, 1] into latents (B, latent_channels, H/4, W/4) or back.
 
-    Call `encode` and `decode`. `width` is the number of channels at half the image size. The
-    network of a flow on latents takes `latent_shape` as its `shape`.
+    Use it through `encode` and `decode`. `width` is the number of channels at half the image
+    size. For a flow on latents, the `shape` of the network is `latent_shape`.
     """
 
     def __init__(self, shape=(1, 32, 32), latent_channels=4, width=32):
@@ -84,7 +84,7 @@ class VAE(nn.Module):
         assert H % 4 == 0 and W % 4 == 0, f'height and width must be divisible by 4, got {H}x{W}'
         self.latent_shape = (latent_channels, H // 4, W // 4)
 
-        # Behind each line is the shape of its output for MNIST. A stride of 2 halves the size.
+        # The comments give the output shapes for MNIST. A stride of 2 halves the size.
         self.encoder = nn.Sequential(
             nn.Conv2d(C, width, 4, stride=2, padding=1), nn.SiLU(),             # (32, 16, 16)
             nn.Conv2d(width, 2 * width, 4, stride=2, padding=1), nn.SiLU(),     # (64, 8, 8)
@@ -93,7 +93,7 @@ class VAE(nn.Module):
         )
 
         # PixelShuffle (Shi et al. 2016, arXiv 1609.05158) doubles the size by laying out four
-        # channels as 2x2 pixels, so the convolution in front of it works at the smaller size.
+        # channels as 2x2 pixels, so the convolution before it works at the smaller size.
         self.decoder = nn.Sequential(
             nn.Conv2d(latent_channels, 2 * width, 3, padding=1), nn.SiLU(),     # (64, 8, 8)
             nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.SiLU(),           # (64, 8, 8)
