@@ -15,7 +15,7 @@ through self-attention alone, without convolutions. By default, the shapes are:
     u (1, 32, 32)
 
 In the lecture, position, time and label enter the blocks together with the tokens. Here, a
-vector for its position is added to each token, and one vector for time and label,
+position vector is added to each token, and one vector for time and label,
 c = SiLU(MLP(t) + embedding(y)), is injected into every block. This method, called adaLN-Zero
 (see DiTBlock), worked better in the DiT paper than extra tokens for time and label.
 
@@ -51,7 +51,7 @@ def position_embedding(rows, columns, dim):
 
     Half of each vector encodes the row and half the column, with sines and cosines (Vaswani
     et al. 2017, arXiv 1706.03762). At frequency 1, neighbours are one radian apart, but the
-    waves repeat after six places. Lower frequencies tell distant places apart.
+    waves repeat after about six places. Lower frequencies tell distant places apart.
     """
     assert dim % 4 == 0, f'dim must be divisible by 4, got {dim}'
     frequencies = torch.logspace(0, -2, dim // 4)                   # 1 … 1/100: the grid is small
@@ -88,7 +88,7 @@ class SelfAttention(nn.Module):
 
         # Row i of the scores says how well each key matches query i. If the entries of q and k
         # are independent, with mean 0 and variance 1, then q·k has standard deviation √d.
-        # Undivided, it could drive the softmax to 0 and 1, where its gradient vanishes.
+        # Without √d, scores could drive the softmax to 0 and 1, where its gradient vanishes.
         scores = q @ k.transpose(-2, -1) / d ** 0.5                 # (B, heads, N, N)
         h = scores.softmax(dim=-1) @ v                              # (B, heads, N, d)
         return self.proj(h.transpose(1, 2).reshape(B, N, dim))      # heads side by side
@@ -100,7 +100,7 @@ class DiTBlock(nn.Module):
     Layer normalisation gives the entries of each token mean 0 and standard deviation 1. Usually
     a learned scale and shift follow. Here they are adaptive (adaLN): c supplies them, so they
     depend on t and y. c also supplies a gate, a factor for what is added to h. Attention and
-    MLP have a scale, a shift and a gate each. They all start at 0 (adaLN-Zero), so a new block
+    MLP have a scale, a shift and a gate each. All six start at 0 (adaLN-Zero), so a new block
     is the identity, which lets signals and gradients pass through a deep stack.
     """
 
@@ -124,7 +124,7 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """The network u_t^θ(x, y), for images x (B, C, H, W), times t (B,) and labels y (B,).
 
-    H and W must be divisible by `patch`. DiT((4, 8, 8), patch=2), for latents, has 16 tokens.
+    `patch` must divide H and W. For the latents of 2.3, DiT((4, 8, 8), patch=2) has 16 tokens.
     """
 
     def __init__(self, shape=(1, 32, 32), patch=4, dim=128, depth=6, heads=4, num_classes=10):
@@ -138,14 +138,13 @@ class DiT(nn.Module):
         self.first = nn.Linear(C * patch * patch, dim)
 
         # Attention does not know where a token is: given shuffled tokens, it returns the same
-        # results, shuffled. So we add positions. Being a buffer, they are not trained.
+        # results, shuffled. So we add positions. They are saved as a buffer, but not trained.
         self.register_buffer('position', position_embedding(H // patch, W // patch, dim))
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
 
         # With zeros in `last`, a new network predicts u = 0. Nothing bypasses `last`, so in
-        # step 1 only `last` has a gradient. In step 2, shortcuts lead the gradient past the
-        # closed gates to `first`, and the gates and `last_modulation` have one too.
-
+        # step 1 only `last` has a gradient. In step 2, shortcuts carry the gradient past the
+        # closed gates to `first`, and the gates and `last_modulation` get one too.
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = nn.Linear(dim, 2 * dim)
         self.last = nn.Linear(dim, C * patch * patch)

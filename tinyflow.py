@@ -25,8 +25,8 @@ number that stands for ∅. It is num_classes, the first number that is not a la
 
 The word "conditional" has two meanings. The path p_t(x|z) and the velocity u_t^target(x|z) are
 conditional on one data point z. The data p_data(z|y) and the field that we want,
-u_t^target(x|y), are conditional on a label y. In L_CFM^guided, the course's English notes
-(Holderrieth & Erives, arXiv 2506.02070) say "guided" for this. Elsewhere, it means scaled by w.
+u_t^target(x|y), are conditional on a label y. In L_CFM^guided, a name from the English notes
+(Holderrieth & Erives, arXiv 2506.02070), "guided" means that. Elsewhere it means scaled by w.
 """
 
 import torch
@@ -56,8 +56,8 @@ def conditional_path(z, noise, t):
         x = α z + β ε
         u = α̇ z + β̇ ε
 
-    The velocity is made from z and ε. Why is it a function of x and z? For given z and t < 1,
-    exactly one curve passes through x: the one with ε = (x - α z) / β. With this ε, u becomes
+    The velocity is built from z and ε. So why is it a function of x and z? For given z and t <
+    1, exactly one curve passes through x: the one with ε = (x - α z) / β. So
 
         u_t^target(x|z) = (α̇ - (β̇/β) α) z + (β̇/β) x
 
@@ -74,8 +74,8 @@ def conditional_path(z, noise, t):
 def drop_labels(y, null_label, p_drop):
     """A copy of the labels y (B,), in which each label becomes ∅ with probability p_drop (1.2).
 
-    Guidance needs two fields: u_t^θ(x, y) for the images with label y, and u_t^θ(x, ∅) for all
-    images, without a label: u_t(x). One network learns both, because some labels are dropped.
+    Guidance needs two fields: u_t^θ(x, y) for the images with label y, and u_t^θ(x, ∅), which
+    estimates u_t(x), for all images. One network learns both, because some labels are dropped.
     """
     dropped = torch.rand(y.shape, device=y.device) < p_drop
     return torch.where(dropped, null_label, y)
@@ -107,7 +107,7 @@ def cfm_loss(model, z, y, p_drop=0.1):
 
     For t < 1, every z can lead to every x. So the loss stays above 0, unless each label that
     the network sees, ∅ included, has a single z. Its minimum is the average of E ‖v - m‖². With
-    dropped labels, it is (1 - p_drop) times the loss with labels plus p_drop times the loss
+    dropped labels, the loss is (1 - p_drop) times the loss with y plus p_drop times the loss
     with ∅.
     """
     assert z.is_floating_point() and z.shape[1:] == tuple(model.shape), (
@@ -141,8 +141,8 @@ def guided_velocity(model, x, t, y, w):
         u_t(x|y) - u_t(x) = (1-t)/t ∇ log p_t(y|x)
 
     where p_t(y|x) is the probability that a noisy point x has the label y, and ∇ is taken with
-    respect to x. The README has the proof. So guidance climbs the gradient of a classifier that
-    nobody had to train: it moves x towards what distinguishes y from the other labels, not
+    respect to x. The proof is in the README. So guidance follows the gradient of a classifier
+    that nobody had to train: it moves x towards what distinguishes y from the other labels, not
     towards the middle of the data with label y. For w > 1, samples crowd together where the
     classifier is surest. They lose variety and may overshoot, as they do in the demo.
     """
@@ -163,7 +163,7 @@ def euler(velocity, x, steps):
 
     Why do we need many steps, when the curve of each pair (z, ε) is a straight line? X_t does
     not follow the line of one pair. It follows the mean velocity of many pairs, whose weights
-    change along the way, so its curve bends. Twice the steps roughly halve the error.
+    change along the way, so its curve bends. Doubling the steps roughly halves the error.
     """
     assert steps >= 1, f'Euler needs at least one step, got {steps}'
     states = [x]
@@ -205,8 +205,8 @@ class ConditionEmbedding(nn.Module):
             f't and y must both be (B,), got {tuple(t.shape)} and {tuple(y.shape)}')
         angles = t[:, None] * self.frequencies                          # (B, dim/2)
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)          # (B, dim)
-        # Blocks apply a linear layer to c. Of a plain sum of time and label, it could only make
-        # a term for t plus a term for y. After a SiLU, what it makes of y can depend on t.
+        # Blocks apply a linear layer to c. From a plain sum of time and label, it could make
+        # only a term in t plus a term in y. After a SiLU, what it makes of y can depend on t.
         return F.silu(self.time(waves) + self.label(y))                 # c, (B, dim)
 
 
@@ -238,7 +238,7 @@ if __name__ == '__main__':
         loss.backward()
         optimizer.step()
 
-    # The clouds differ in the first coordinate. At w = 1, mean and spread must be 1.5 and 0.5.
+    # Labels differ in the first coordinate. At w = 1, mean and spread should be 1.5 and 0.5.
     for w, meaning in [(0, 'y is ignored'), (1, 'label 1'), (3, 'label 1, guided')]:
         first, _ = sample(model, torch.full((4000,), 1), w=w).T
         print(f'w = {w}: mean {first.mean():5.2f}, spread {first.std():.2f}   ({meaning})')

@@ -6,11 +6,11 @@
     python train_mnist.py --prompt 314       no training: the trained U-Net draws these digits
 
 On two CPU cores the first command takes from 5 to 15 minutes, and it draws its first digits
-after a third of that time. A run that was stopped cannot be resumed, but --prompt draws with
-the network from its last full epoch. These files go to out/ (NAME is, for example, unet):
+after a third of that time. An interrupted run cannot be resumed, but --prompt draws with the
+network from its last complete epoch. These files go to out/ (NAME is, for example, unet):
 
     NAME.pt              the checkpoint, written after each epoch
-    NAME_epoch1.png      the digits after epoch 1 (2, ...): rows for w = 0 (no label), 1, 2, 4
+    NAME_epoch1.png      digits after epoch 1 (2, ...): rows for guidance 0 (no label), 1, 2, 4
     NAME_path.png        X_t from noise to digit: a row for each digit, a column for each time
     NAME_vae.png         with --latent: test digits, above their reconstructions by the VAE
     NAME_prompt.png      with --prompt: the requested digits, in rows as above
@@ -56,7 +56,7 @@ def main(argv=None):
 
     if args.prompt:
         if not os.path.exists(f'{stem}.pt'):
-            sys.exit(f'{stem}.pt is not there: train first, without --prompt')
+            sys.exit(f'{stem}.pt does not exist: train first, without --prompt')
         model, vae = load_checkpoint(f'{stem}.pt', device)
         y = torch.tensor([int(digit) for digit in args.prompt], device=device)
         return draw_guidance(f'{stem}_prompt.png', model, y, args.guidance, vae=vae, **drawing)
@@ -109,7 +109,7 @@ def train(model, data, epochs, *, batch_size=BATCH_SIZE, peak=PEAK, vae=None, af
             y = y_train[indices]                            # (B,)
 
             # This is the loss of 1.1, with one label in ten dropped (1.2). A new network
-            # predicts 0, so its first loss is the mean of (z - ε)², which is E z² + 1 = 1.94.
+            # predicts 0, so its first loss is the mean of (z - ε)²: E z² + 1, 1.94 on pixels.
             loss = cfm_loss(model, z, y)
             optimizer.zero_grad()
             loss.backward()
@@ -123,7 +123,7 @@ def train(model, data, epochs, *, batch_size=BATCH_SIZE, peak=PEAK, vae=None, af
             step += 1
             report(step, losses, batch_size, start)
 
-        # The held-out loss: the same loss on up to 2,000 test images, a part of them at a time.
+        # The held-out loss is the same loss on up to 2,000 test images, 250 at a time.
         model.eval()
         with torch.no_grad():
             parts = zip(x_test[:2000].split(250), y_test[:2000].split(250))
@@ -149,7 +149,7 @@ def learning_rate(step, total, peak):
 
 
 def check_data(model, data):
-    """Check the data, because some mistakes would pass in silence and train a useless model."""
+    """Check the data, because some mistakes would go unnoticed and train a useless model."""
     x_train, y_train, x_test, y_test = data
     for half, x, y in [('training', x_train, y_train), ('test', x_test, y_test)]:
         assert torch.is_tensor(x) and x.dtype == torch.uint8, (
@@ -331,7 +331,7 @@ def read_options(argv):
     option('--lr', type=float, default=PEAK, help='highest learning rate; default: %(default)s')
     option('--guidance', type=float, nargs='+', default=[0, 1, 2, 4], help='scale w of each row')
     option('--steps', type=int, default=50, help='Euler steps per drawing; default: %(default)s')
-    option('--prompt', metavar='DIGITS', help='needs the --model, --latent and --out of training')
+    option('--prompt', metavar='DIGITS', help='give --model, --latent and --out as in training')
     option('--seed', type=int, default=0, help='for all random numbers; default: %(default)s')
     option('--device', default=device, help='default on this machine: %(default)s')
     option('--data', default=f'{here}/data/mnist.npz', help='default: the data beside this script')

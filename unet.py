@@ -1,16 +1,17 @@
 """The U-Net: part 2.1 of the lecture (Ronneberger et al. 2015, arXiv 1505.04597).
 
 A 3x3 convolution widens the receptive field, the part of the image that reaches a pixel through
-convolutions, by one pixel on each side. But a seven is a seven only as a whole. So the encoder
-halves height and width from level to level. After each halving, a pixel covers twice as many
-rows and columns of the image, so the same 3x3 convolution reaches twice as far. At the bottom,
-only 4x4 pixels are left. Each of these pixels sees the whole image, and its 128 channels say
-what the image shows. The decoder then doubles the size again, level by level.
+convolutions, by one pixel on each side. But a seven is a seven only as a whole. So the encoder,
+the first half of the network, halves height and width from level to level. After each halving,
+a pixel covers twice as many rows and columns of the image, so the same 3x3 convolution reaches
+twice as far. At the bottom, only 4x4 pixels are left. Each of these pixels sees the whole
+image, and its 128 channels say what the image shows. The decoder then doubles the size level by
+level.
 
-Halving loses exactly where each stroke was. The skip connections restore this information. At
-each level, a decoder block gets the features from below, concatenated with those of the encoder
-block at the same level, and reduces them to as many channels as the level above has. Here are
-the default shapes. Read the left column downwards, then the right column upwards:
+Halving loses the exact position of each stroke. The skip connections restore this information.
+At each level, a decoder block gets the features from below, concatenated with those of the
+encoder block at the same level, and reduces them to as many channels as the level above has.
+Here are the default shapes. Read the left column downwards, then the right column upwards:
 
     encoder                                          decoder
     x             (1, 32, 32)                        u             (1, 32, 32)
@@ -44,10 +45,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels, cond_dim):
         super().__init__()
-        # Normalisation gives both convolutions inputs on the same scale, so that a deep network
-        # can be trained. Group normalisation (Wu & He 2018, arXiv 1803.08494) usually has
-        # several groups of channels. With one group it is layer normalisation: all channels and
-        # pixels of an image together get mean 0 and standard deviation 1.
+        # Normalisation puts the inputs of both convolutions on the same scale, so that a deep
+        # network can be trained. Group normalisation (Wu & He 2018, arXiv 1803.08494) usually
+        # has several groups of channels. With one group it is layer normalisation: all channels
+        # and pixels of an image together get mean 0 and standard deviation 1.
         self.norm1 = nn.GroupNorm(1, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(1, out_channels, affine=False)    # modulated by c
@@ -58,7 +59,7 @@ class ResidualBlock(nn.Module):
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
-        # With zeros in conv2, a new block is just its shortcut, which every gradient passes.
+        # With zeros in conv2, a new block is just its shortcut, so every gradient gets through.
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
@@ -67,7 +68,7 @@ class ResidualBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(h)))                       # (B, out_channels, H, W)
 
         # An affine map injects t and y: c gives each channel a scale and a shift, the same for
-        # all pixels (FiLM, Perez et al. 2017, arXiv 1709.07871). If both are 0, h stays.
+        # all pixels (FiLM, Perez et al. 2017, arXiv 1709.07871). With both 0, only norm2 acts.
         scale, shift = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
         h = (1 + scale) * self.norm2(h) + shift                     # scale: (B, out_channels, 1, 1)
         return shortcut + self.conv2(F.silu(h))                     # (B, out_channels, H, W)

@@ -1,9 +1,9 @@
 """The variational autoencoder (VAE) of latent diffusion: part 2.3 of the lecture.
 
-Neighbouring pixels are mostly alike, but a flow on pixels computes every one of them in each
-step. So we first train an autoencoder. Its encoder E squeezes an image x into a small latent z,
-and its decoder D turns z back into an image. Then the flow runs on latents (latent diffusion,
-Rombach et al. 2021, arXiv 2112.10752). As in part 2.3, x is an image here, not the flow's X_t:
+Neighbouring pixels are mostly alike, so a flow that computes every pixel in each step wastes
+most of its work. We first train an autoencoder. Its encoder E squeezes an image x into a small
+latent z, and its decoder D turns z back into an image. Then the flow runs on latents (latent
+diffusion, Rombach et al. 2021, arXiv 2112.10752). As in part 2.3, x is an image, not an X_t:
 
     train the VAE        x ── E ──> mean, logvar ── sample ──> z ── D ──> a reconstruction of x
     train the flow       x ── E ──> mean, logvar ── sample ──> z, a data point for cfm_loss
@@ -14,9 +14,9 @@ A latent (4, 8, 8) has 256 numbers, while an image has 1,024. A variational auto
 latents. For each of the 256 numbers, the encoder outputs a mean and logvar = log σ², the
 logarithm of a variance. Then z is sampled from q(z|x) = N(mean, σ²), each number independently.
 
-Once the VAE is trained, `train_vae` in train_mnist.py freezes it. If the flow's training could
-change the encoder, it would move all latents to a single point z. Then X_t = t z + (1-t) ε
-would give away ε, and so also z - ε. The loss would fall to 0, but z would say nothing about x.
+`train_vae` in train_mnist.py then freezes the VAE. If the flow's loss could change the encoder,
+it would be lowest with all latents at a single point z. For then X_t = t z + (1-t) ε gives away
+ε, and so also the target z - ε. The loss would fall to 0, but z would say nothing about x.
 """
 
 import torch
@@ -49,20 +49,21 @@ def vae_loss(vae, x, beta):
 
         loss = mse + beta · kl / d,    d = C·H·W
 
-    `mse`, the mean squared error, penalises poor reconstructions. `kl` is the mean of
-    KL(q(z|x) ‖ p(z)) over the images. It pulls each q(z|x) towards the prior p(z) = N(0, I). Up
-    to a factor and a constant, the loss is -ELBO, where the ELBO (evidence lower bound) bounds
-    the evidence log p(x) from below. The README has the proof. (This beta is not the path's β_t
-    but, up to a factor, the β of the β-VAE, Higgins et al. 2017.)
+    `mse`, the mean squared error, penalises poor reconstructions. `kl`, the mean of
+    KL(q(z|x) ‖ p(z)) over the images, pulls each q(z|x) towards the prior p(z) = N(0, I). If
+    the decoder stands for p(x|z) = N(D(z), ½ beta I), then loss · d / beta is -ELBO, up to a
+    constant, where the ELBO (evidence lower bound) bounds the evidence log p(x) from below. The
+    proof is in the README. (Up to a factor, beta is the β of β-VAEs, Higgins et al. 2017.)
 
-    A flow can learn any distribution of latents, so what is the KL good for? First, its term
-    -log σ² keeps the clouds q(z|x) from shrinking to points. The decoder then learns to turn a
-    whole cloud into the same image, so it tolerates small errors of the flow. Second, the KL
-    sets the scale of the latents. The best scale is the one where the mean square of z is 1, as
-    it is for the noise in X_t. (After our two epochs, it is 0.97.)
+    An ordinary VAE generates from p(z), but here a flow learns the latents. So what is the KL
+    good for? First, mse alone would shrink each cloud to a point, because noise only harms it.
+    The term -log σ² of the KL prevents that. The decoder then learns to turn a whole cloud into
+    nearly the same image, so it tolerates small errors of the flow. Second, the decoder can
+    undo any scale of z, so the KL alone sets the scale: at its lowest, the mean square of z is
+    1, just as it is for the noise in X_t. (After our two epochs, it is 0.97.)
 
-    But beta must be small. With a large beta, the clouds of different images would overlap, so
-    the decoder would paint the average of these images, a blur that no flow can undo.
+    But beta must be small: we use 1e-3. With a large beta, the clouds of different images would
+    overlap, so the decoder would paint their average, a blur that no flow can undo.
     """
     mean, logvar = vae.encode(x)
     z = reparameterize(mean, logvar)                        # z ~ q(z|x)
@@ -72,10 +73,10 @@ def vae_loss(vae, x, beta):
 
 
 class VAE(nn.Module):
-    """Turns images (B, C, H, W) in [-1, 1] into latents (B, latent_channels, H/4, W/4) or back.
+    """Encodes images (B, C, H, W) in [-1, 1] as clouds of latents, and decodes latents.
 
-    Use it through `encode` and `decode`. `width` is the number of channels at half the image
-    size. For a flow on latents, the `shape` of the network is `latent_shape`.
+    `width` is the number of channels at half the image size. For a flow on latents (B,
+    latent_channels, H/4, W/4), build the network with shape=vae.latent_shape.
     """
 
     def __init__(self, shape=(1, 32, 32), latent_channels=4, width=32):
@@ -89,7 +90,7 @@ class VAE(nn.Module):
             nn.Conv2d(C, width, 4, stride=2, padding=1), nn.SiLU(),             # (32, 16, 16)
             nn.Conv2d(width, 2 * width, 4, stride=2, padding=1), nn.SiLU(),     # (64, 8, 8)
             nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.SiLU(),           # (64, 8, 8)
-            nn.Conv2d(2 * width, 2 * latent_channels, 1),                       # (8, 8, 8)
+            nn.Conv2d(2 * width, 2 * latent_channels, 1),                       # both (4, 8, 8)
         )
 
         # PixelShuffle (Shi et al. 2016, arXiv 1609.05158) doubles the size by laying out four
