@@ -56,8 +56,8 @@ def conditional_path(z, noise, t):
         x = α z + β ε
         u = α̇ z + β̇ ε
 
-    The velocity is built from z and ε. So why is it a function of x and z? For given z and t <
-    1, exactly one curve passes through x: the one with ε = (x - α z) / β. So
+    The velocity is built from z and ε. So why is it a function of x and z? Before t = 1,
+    exactly one curve of a given z passes through x: the one with ε = (x - α z) / β. So
 
         u_t^target(x|z) = (α̇ - (β̇/β) α) z + (β̇/β) x
 

@@ -4,9 +4,8 @@ A 3x3 convolution widens the receptive field, the part of the image that reaches
 convolutions, by one pixel on each side. But a seven is a seven only as a whole. So the encoder,
 the first half of the network, halves height and width from level to level. After each halving,
 a pixel covers twice as many rows and columns of the image, so the same 3x3 convolution reaches
-twice as far. At the bottom, only 4x4 pixels are left. Each of these pixels sees the whole
-image, and its 128 channels say what the image shows. The decoder then doubles the size level by
-level.
+twice as far. At the bottom, only 4x4 pixels are left. Each of them sees the whole image, and
+its 128 channels say what the image shows. The decoder then restores the size, level by level.
 
 Halving loses the exact position of each stroke. The skip connections restore this information.
 At each level, a decoder block gets the features from below, concatenated with those of the
