@@ -91,8 +91,8 @@ def train(model, data, epochs, *, batch_size=BATCH_SIZE, peak=PEAK, vae=None, af
     data = (x_train, y_train, x_test, y_test), tensors on the model's device: images x, uint8
     (N, C, H, W), and labels y, int64 (N,), from 0 to num_classes - 1. With a `vae`, the flow
     runs on its latents. `losses` has a number for each step, and `held_out` one for each epoch.
-    If you pass after_epoch(epoch, losses, held_out), it is called after each epoch, with the
-    model in eval mode, to save, draw or plot.
+    If you pass after_epoch(epoch, losses, held_out), it is called after epochs 1, 2, …, with
+    the model in eval mode, to save, draw or plot.
     """
     check_data(model, data)
     x_train, y_train, x_test, y_test = data
@@ -152,8 +152,8 @@ def check_data(model, data):
     """Check the data, because some mistakes would go unnoticed and train a useless model."""
     x_train, y_train, x_test, y_test = data
     for half, x, y in [('training', x_train, y_train), ('test', x_test, y_test)]:
-        assert torch.is_tensor(x) and x.dtype == torch.uint8, (
-            f'{half} images must be a uint8 tensor (0 to 255), got {x.dtype} in {type(x)}')
+        assert torch.is_tensor(x) and x.dtype == torch.uint8 and x.shape[1:2] in ((1,), (3,)), (
+            f'{half} images must be uint8 (N, 1 or 3, H, W), got {type(x)}, {x.dtype}, {x.shape}')
         assert len(x) > 0 and y.shape == (len(x),), (
             f'each {half} image needs a label, got {len(x)} images and labels {tuple(y.shape)}')
         assert y.min() >= 0 and y.max() < model.null_label, (
