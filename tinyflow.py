@@ -161,9 +161,9 @@ def euler(velocity, x, steps):
     Returns the list of X_t at t = 0, 1/steps, …, 1, each shaped like x, without gradients.
     `velocity` is called with t as a tensor (B,).
 
-    Why do we need many steps, when the curve of each pair (z, ε) is a straight line? X_t does
-    not follow the line of one pair. It follows the mean velocity of many pairs, whose weights
-    change along the way, so its curve bends. Doubling the steps roughly halves the error.
+    Why are many steps needed, if the curve of each pair (z, ε) is a straight line? X_t does not
+    follow the line of one pair. It follows the mean velocity of many, whose weights change
+    along the way, so its curve bends. For a smooth field, doubling the steps halves the error.
     """
     assert steps >= 1, f'Euler needs at least one step, got {steps}'
     states = [x]
@@ -175,7 +175,7 @@ def euler(velocity, x, steps):
 
 
 def sample(model, y, *, w=1.0, steps=50, noise=None):
-    """Algorithm 1 of the lecture: a sample X_1, of shape model.shape, for each label in y (B,).
+    """A sample X_1, of shape model.shape, for each label in y (B,): Algorithm 1 of the lecture.
 
     The default, w = 1, means no guidance, whereas Algorithm 1 has w > 1. `noise` is X_0.
     """
