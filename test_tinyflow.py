@@ -402,6 +402,13 @@ def test_unpatchify_is_the_inverse_of_patchify():
     assert torch.equal(unpatchify(patchify(x, 2), 2, (3, 8, 12)), x)
 
 
+def test_a_place_is_told_by_one_half_for_its_row_and_one_for_its_column():
+    halves = position_embedding(3, 4, 8).reshape(3, 4, 2, 4)
+    assert torch.equal(halves[:, :, 0], halves[:, :1, 0].expand(3, 4, 4))
+    assert torch.equal(halves[:, :, 1], halves[:1, :, 1].expand(3, 4, 4))
+    assert len(halves.reshape(12, 8).unique(dim=0)) == 12   # all places differ
+
+
 def test_attention_agrees_with_pytorch():
     ours, h = SelfAttention(24, heads=3), torch.randn(2, 7, 24)
     theirs = nn.MultiheadAttention(24, num_heads=3, batch_first=True)
@@ -503,9 +510,7 @@ LABEL = torch.zeros(2).long()
 
 @pytest.mark.parametrize('words, call', [
     ('(B, *(1, 32, 32))', lambda: cfm_loss(small_unet(), torch.zeros(2, 1, 28, 28), LABEL)),
-    ('(9,)', lambda: cfm_loss(Field(), torch.zeros(9, 2), LABEL)),
     ('[3, 3]', lambda: sample(Field(), LABEL + 3)),
-    ('2 labels', lambda: sample(Field(), LABEL, noise=torch.zeros(1, 2))),
     ('(1,) and (2,)', lambda: ConditionEmbedding(8, 9)(torch.zeros(1), LABEL)),
     ('(2, 1, 28, 28)', lambda: small_dit()(torch.zeros(2, 1, 28, 28), torch.rand(2), LABEL)),
     ('float32', lambda: train_mnist.to_model(torch.zeros(2, 1, 8, 8))),
@@ -815,11 +820,6 @@ def test_a_picture_that_fails_does_not_lose_the_network(run, digits, tmp_path):
     assert len(torch.load(tmp_path / 'unet.pt', weights_only=True)['held_out']) == 1
     drawn, = images_in(tmp_path / 'unet_prompt.png')
     assert same_picture(drawn, redrawn(tmp_path, 'unet', [3, 1], w=1)[0])
-
-
-def test_a_prompt_without_a_trained_network_says_train_first(run, tmp_path):
-    with pytest.raises(SystemExit, match='unet.pt.*train first'):
-        run(tmp_path, '--prompt', '7')
 
 
 def test_the_help_is_plain_ascii_which_any_terminal_prints(run, tmp_path, capsys):
