@@ -142,9 +142,9 @@ class DiT(nn.Module):
         self.register_buffer('position', position_embedding(H // patch, W // patch, dim))
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
 
-        # With zeros in `last`, a new network predicts u = 0. Nothing bypasses `last`, so in
-        # step 1 only `last` has a gradient. In step 2, shortcuts carry the gradient past the
-        # closed gates to `first`, and the gates and `last_modulation` get one too.
+        # With zeros in `last`, a new network predicts u = 0. But zeros also stop the gradient,
+        # so in step 1 only `last` learns. In step 2, so do the gates, `last_modulation` and,
+        # through the shortcuts past the closed gates, `first`. From step 3 on, all layers do.
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = nn.Linear(dim, 2 * dim)
         self.last = nn.Linear(dim, C * patch * patch)

@@ -10,7 +10,7 @@ after a third of that time. An interrupted run cannot be resumed, but --prompt d
 network from its last complete epoch. These files go to out/ (NAME is, for example, unet):
 
     NAME.pt              the checkpoint, written after each epoch
-    NAME_epoch1.png      digits after epoch 1 (2, ...): rows for guidance 0 (no label), 1, 2, 4
+    NAME_epoch1.png      digits after epoch 1 (2, ...); rows for guidance 0 (no label), 1, 2, 4
     NAME_path.png        X_t from noise to digit: a row for each digit, a column for each time
     NAME_vae.png         with --latent: test digits, above their reconstructions by the VAE
     NAME_prompt.png      with --prompt: the requested digits, in rows as above
@@ -109,7 +109,7 @@ def train(model, data, epochs, *, batch_size=BATCH_SIZE, peak=PEAK, vae=None, af
             y = y_train[indices]                            # (B,)
 
             # This is the loss of 1.1, with one label in ten dropped (1.2). A new network
-            # predicts 0, so its first loss is the mean of (z - ε)²: E z² + 1, 1.94 on pixels.
+            # predicts 0, so its first loss is E (z - ε)² = E z² + E ε² = 0.94 + 1 on pixels.
             loss = cfm_loss(model, z, y)
             optimizer.zero_grad()
             loss.backward()
@@ -141,7 +141,7 @@ def learning_rate(step, total, peak):
 
     Adam (arXiv 1412.6980) takes full-size steps from the start, although the averages that
     scale them have seen few gradients. So we warm up over the first twentieth of the run.
-    Later, minibatches make the weights jump around a good solution. So the rate decays.
+    Later, minibatches make the weights jump around a good solution, so the rate decays.
     """
     warmup = min(1, (step + 1) / (0.05 * total))
     decay = (1 + math.cos(math.pi * step / total)) / 2
@@ -149,7 +149,7 @@ def learning_rate(step, total, peak):
 
 
 def check_data(model, data):
-    """Check the data, because some mistakes would go unnoticed and train a useless model."""
+    """Check the data, because some mistakes would go unnoticed and spoil the training."""
     x_train, y_train, x_test, y_test = data
     for half, x, y in [('training', x_train, y_train), ('test', x_test, y_test)]:
         assert torch.is_tensor(x) and x.dtype == torch.uint8 and x.shape[1:2] in ((1,), (3,)), (
@@ -331,7 +331,7 @@ def read_options(argv):
     option('--lr', type=float, default=PEAK, help='highest learning rate; default: %(default)s')
     option('--guidance', type=float, nargs='+', default=[0, 1, 2, 4], help='scale w of each row')
     option('--steps', type=int, default=50, help='Euler steps per drawing; default: %(default)s')
-    option('--prompt', metavar='DIGITS', help='give --model, --latent and --out as in training')
+    option('--prompt', metavar='DIGITS', help='draw; --model, --latent, --out as in training')
     option('--seed', type=int, default=0, help='for all random numbers; default: %(default)s')
     option('--device', default=device, help='default on this machine: %(default)s')
     option('--data', default=f'{here}/data/mnist.npz', help='default: the data beside this script')

@@ -38,7 +38,7 @@ class ResidualBlock(nn.Module):
     """Two convolutions with a shortcut around them, and time and label injected in between.
 
     It turns features h (B, in_channels, H, W) into (B, out_channels, H, W), given the vector c
-    (B, cond_dim) of t and y. The block is that of DDPM (Ho et al. 2020, arXiv 2006.11239), but
+    (B, cond_dim) for t and y. The block is that of DDPM (Ho et al. 2020, arXiv 2006.11239), but
     c enters as a scale and a shift, as in Dhariwal & Nichol (2021, arXiv 2105.05233).
     """
 
@@ -58,7 +58,7 @@ class ResidualBlock(nn.Module):
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
-        # With zeros in conv2, a new block is just its shortcut, so every gradient gets through.
+        # With zeros in conv2, a new block is just its shortcut, which lets gradients through.
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
