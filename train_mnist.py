@@ -5,7 +5,7 @@
     python train_mnist.py --latent           train a VAE, then the U-Net on its latents (2.3)
     python train_mnist.py --prompt 314       no training: the trained U-Net draws these digits
 
-On two CPU cores the first command takes from 9 to 16 minutes, and it draws its first digits
+On two CPU cores the first command takes from 8 to 16 minutes, and it draws its first digits
 after a third of that time. An interrupted run cannot be resumed, but --prompt draws with the
 network from its last complete epoch. These files go to out/ (NAME is, for example, unet):
 
