@@ -329,7 +329,7 @@ def read_options(argv):
     option('--epochs', type=int, help=f'default: {epochs}')
     option('--batch-size', type=int, default=BATCH_SIZE, help='for the flow; default: %(default)s')
     option('--lr', type=float, default=PEAK, help='highest learning rate; default: %(default)s')
-    option('--guidance', type=float, nargs='+', default=[0, 1, 2, 4], help='w of each row: 0 1 2 4')
+    option('--guidance', type=float, nargs='+', default=[0, 1, 2, 4], help='w; default: 0 1 2 4')
     option('--steps', type=int, default=50, help='Euler steps per drawing; default: %(default)s')
     option('--prompt', metavar='DIGITS', help='draw; --model, --latent, --out as in training')
     option('--seed', type=int, default=0, help='for all random numbers; default: %(default)s')
