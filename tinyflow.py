@@ -25,8 +25,8 @@ number that stands for ∅. It is num_classes, the first number that is not a la
 
 The word "conditional" has two meanings. The path p_t(x|z) and the velocity u_t^target(x|z) are
 conditional on one data point z. The data p_data(z|y) and the field that we want,
-u_t^target(x|y), are conditional on a label y. In L_CFM^guided, a name from the English notes
-(Holderrieth & Erives, arXiv 2506.02070), "guided" means that. Elsewhere it means scaled by w.
+u_t^target(x|y), are conditional on a label y. In the name L_CFM^guided (Holderrieth & Erives,
+arXiv 2506.02070), "guided" means given y. Elsewhere it means scaled by w.
 """
 
 import torch
@@ -56,8 +56,8 @@ def conditional_path(z, noise, t):
         x = α z + β ε
         u = α̇ z + β̇ ε
 
-    The velocity is built from z and ε. So why is it a function of x and z? Before t = 1,
-    exactly one curve of a given z passes through x: the one with ε = (x - α z) / β. So
+    The velocity is built from z and ε. So why is it a function of x and z? At a time t < 1,
+    exactly one curve of a given z is at x: the one with ε = (x - α z) / β. So
 
         u_t^target(x|z) = (α̇ - (β̇/β) α) z + (β̇/β) x
 
@@ -105,10 +105,9 @@ def cfm_loss(model, z, y, p_drop=0.1):
     earlier lecture proves with the continuity equation. We never have to compute the integral:
     we regress onto the velocity of one z at a time, and yet learn the mean velocity over all z.
 
-    For t < 1, every z can lead to every x. So the loss stays above 0, unless each label that
-    the network sees, ∅ included, has a single z. Its minimum is the average of E ‖v - m‖². With
-    dropped labels, the loss is (1 - p_drop) times the loss with y plus p_drop times the loss
-    with ∅.
+    For t < 1, every z can lead to every x. So the loss stays above 0 as soon as any label, or ∅
+    if it is used, has two different z. Its minimum is the average of E ‖v - m‖². With dropped
+    labels, the loss is (1 - p_drop) times the loss with y plus p_drop times the loss with ∅.
     """
     assert z.is_floating_point() and z.shape[1:] == tuple(model.shape), (
         f'z must be float of shape (B, *{tuple(model.shape)}), not {z.dtype} {tuple(z.shape)}')
@@ -143,8 +142,8 @@ def guided_velocity(model, x, t, y, w):
     where p_t(y|x) is the probability that a noisy point x has the label y, and ∇ is taken with
     respect to x. The proof is in the README. So guidance follows the gradient of a classifier
     that nobody had to train: it moves x towards what distinguishes y from the other labels, not
-    towards the middle of the data with label y. For w > 1, samples crowd together where the
-    classifier is surest. They lose variety and may overshoot, as they do in the demo.
+    towards the middle of the data with label y. For w > 1, samples crowd together, far from
+    other labels. They lose variety and may overshoot the data, as in the demo.
     """
     if w == 1:
         return model(x, t, y)                               # ∅ is not needed

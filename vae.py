@@ -15,8 +15,8 @@ latents. For each of the 256 numbers, the encoder outputs a mean and logvar = lo
 logarithm of a variance. Then z is sampled from q(z|x) = N(mean, σ²), each number independently.
 
 `train_vae` in train_mnist.py then freezes the VAE. If the flow's loss could change the encoder,
-it would be lowest with all latents at a single point z. For then X_t = t z + (1-t) ε gives away
-ε, and so also the target z - ε. The loss would fall to 0, but z would say nothing about x.
+it would be lowest with all latents at a single point z. Then X_t = t z + (1-t) ε gives away ε,
+and so also the target z - ε. The loss would fall to 0, but z would say nothing about x.
 """
 
 import torch
@@ -51,16 +51,16 @@ def vae_loss(vae, x, beta):
 
     `mse`, the mean squared error, penalises poor reconstructions. `kl`, the mean of
     KL(q(z|x) ‖ p(z)) over the images, pulls each q(z|x) towards the prior p(z) = N(0, I). If
-    the decoder stands for p(x|z) = N(D(z), ½ beta I), then loss · d / beta is -ELBO, up to a
-    constant, where the ELBO (evidence lower bound) bounds the evidence log p(x) from below. The
-    proof is in the README. (Up to a factor, beta is the β of β-VAEs, Higgins et al. 2017.)
+    the decoder stands for p(x|z) = N(D(z), ½ beta I), then loss · d / beta is, up to a
+    constant, -ELBO, and the ELBO (evidence lower bound) is at most log p(x). The proof is in
+    the README. (Up to a factor, beta is the β of β-VAEs, Higgins et al. 2017.)
 
     An ordinary VAE generates from p(z), but here a flow learns the latents. So what is the KL
-    good for? First, mse alone would shrink each cloud to a point, because noise only harms it.
+    good for? First, mse alone would shrink each cloud to a point, because noise only raises it.
     The term -log σ² of the KL prevents that. The decoder then learns to turn a whole cloud into
     nearly the same image, so it tolerates small errors of the flow. Second, the decoder can
-    undo any scale of z, so the KL alone sets the scale: at its lowest, the mean square of z is
-    1, just as it is for the noise in X_t. (After our two epochs, it is 0.97.)
+    undo any scale of z, so the KL alone picks the scale: the one at which the mean square of z
+    is 1, as for the noise in X_t. (After our two epochs, it is 0.97.)
 
     But beta must be small: we use 1e-3. With a large beta, the clouds of different images would
     overlap, so the decoder would paint their average, a blur that no flow can undo.
