@@ -2,8 +2,8 @@
 
 The DiT, or diffusion transformer, cuts the image into patches that do not overlap, and a linear
 layer turns each patch into a vector, called a token, as in the Vision Transformer (ViT,
-Dosovitskiy et al. 2020, arXiv 2010.11929). From then on, the tokens exchange information
-through self-attention alone, without convolutions. By default, the shapes are:
+Dosovitskiy et al. 2020, arXiv 2010.11929). From then on, tokens exchange information through
+self-attention alone, without convolutions. These are the shapes (c encodes time and label):
 
     x (1, 32, 32)
     ↓ patchify                            64 patches of 4x4 pixels (64, 16)
@@ -14,13 +14,13 @@ through self-attention alone, without convolutions. By default, the shapes are:
     ↓ unpatchify
     u (1, 32, 32)
 
-In the lecture, position, time and label enter the blocks together with the tokens. Here, a
-position vector is added to each token, and one vector for time and label,
+The lecture says only that position, time and label enter the blocks along with the tokens.
+Here, a position vector is added to each token, and one vector for time and label,
 c = SiLU(MLP(t) + embedding(y)), is injected into every block. This method, called adaLN-Zero
 (see DiTBlock), worked better in the DiT paper than extra tokens for time and label.
 
-Attention lets any two patches meet in one layer, whereas a 3x3 convolution reaches only the
-next pixel. The price is an N x N table of attention scores for N tokens.
+Attention lets any two patches exchange information in one layer, whereas a 3x3 convolution
+reaches only the next pixel. The price is an N x N table of attention scores for N tokens.
 """
 
 import torch
@@ -49,12 +49,12 @@ def unpatchify(patches, patch, shape):
 def position_embedding(rows, columns, dim):
     """One fixed vector for each place in a grid, row by row: (rows·columns, dim).
 
-    Half of each vector encodes the row and half the column, with sines and cosines (Vaswani
-    et al. 2017, arXiv 1706.03762). At frequency 1, neighbours are one radian apart, but the
-    waves repeat after about six places. Lower frequencies tell distant places apart.
+    Half of each vector encodes the row and the other half the column, with sines and cosines
+    (Vaswani et al. 2017, arXiv 1706.03762). At frequency 1, neighbours are one radian apart,
+    but the waves repeat after about six places. Lower frequencies tell distant places apart.
     """
     assert dim % 4 == 0, f'dim must be divisible by 4, got {dim}'
-    frequencies = torch.logspace(0, -2, dim // 4)                   # 1 … 1/100: the grid is small
+    frequencies = torch.logspace(0, -2, dim // 4)                   # 1 … 1/100, for a small grid
     row = torch.arange(rows).repeat_interleave(columns)             # 2x3 places: 0 0 0 1 1 1
     column = torch.arange(columns).repeat(rows)                     # 2x3 places: 0 1 2 0 1 2
     row_angles = row[:, None] * frequencies                         # (N, dim/4)
@@ -88,7 +88,7 @@ class SelfAttention(nn.Module):
 
         # Row i of the scores says how well each key matches query i. If the entries of q and k
         # are independent, with mean 0 and variance 1, then q·k has standard deviation √d.
-        # Without √d, scores could drive the softmax to 0 and 1, where its gradient vanishes.
+        # Without √d, they could drive the softmax to 0 and 1, where its gradient vanishes.
         scores = q @ k.transpose(-2, -1) / d ** 0.5                 # (B, heads, N, N)
         h = scores.softmax(dim=-1) @ v                              # (B, heads, N, d)
         return self.proj(h.transpose(1, 2).reshape(B, N, dim))      # heads side by side
@@ -99,9 +99,9 @@ class DiTBlock(nn.Module):
 
     Layer normalisation gives the entries of each token mean 0 and standard deviation 1. Usually
     a learned scale and shift follow. Here they are adaptive (adaLN): c supplies them, so they
-    depend on t and y. c also supplies a gate, a factor for what is added to h. Attention and
-    MLP have a scale, a shift and a gate each. All six start at 0 (adaLN-Zero), so a new block
-    is the identity, which lets signals and gradients pass through a deep stack.
+    depend on t and y. c also supplies a gate, which multiplies what is added to h. Attention
+    and the MLP each have a scale, a shift and a gate. All six start at 0 (adaLN-Zero), so a new
+    block is the identity, which lets signals and gradients pass through a deep stack.
     """
 
     def __init__(self, dim, heads):
@@ -124,7 +124,7 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """The network u_t^θ(x, y), for images x (B, C, H, W), times t (B,) and labels y (B,).
 
-    `patch` must divide H and W. For the latents of 2.3, DiT((4, 8, 8), patch=2) has 16 tokens.
+    `patch` must divide H and W. On latents (part 2.3), DiT((4, 8, 8), patch=2) has 16 tokens.
     """
 
     def __init__(self, shape=(1, 32, 32), patch=4, dim=128, depth=6, heads=4, num_classes=10):
@@ -143,8 +143,8 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
 
         # With zeros in `last`, a new network predicts u = 0. But zeros also stop the gradient,
-        # so in step 1 only `last` learns. In step 2, so do the gates, `last_modulation` and,
-        # through the shortcuts past the closed gates, `first`. From step 3 on, all layers do.
+        # so in step 1 only `last` learns. In step 2, so do the gates, `last_modulation` and
+        # `first`, because its gradient bypasses closed gates. From step 3 on, all layers learn.
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = nn.Linear(dim, 2 * dim)
         self.last = nn.Linear(dim, C * patch * patch)

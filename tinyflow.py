@@ -2,8 +2,8 @@
 
 A flow turns noise into data. A point X_0 is sampled from pure noise, p_init = N(0, I). From
 t = 0 to t = 1 it follows a velocity field for a label y, dX_t = u_t(X_t|y) dt. With the right
-field, it ends up as X_1 ~ p_data(·|y), a new image with that label. A network learns the field
-by regression (flow matching, Lipman et al. 2022, arXiv 2210.02747). Here is the whole method:
+field, the point ends up as X_1 ~ p_data(·|y), a new image with that label. A network learns the
+field by regression (flow matching, Lipman et al. 2022, arXiv 2210.02747). The whole method is:
 
     train     x = t z + (1-t) noise,    loss = ‖model(x, t, y or ∅) - (z - noise)‖²
     guide     u(x, t, y) = model(x, t, ∅) + w (model(x, t, y) - model(x, t, ∅))
@@ -19,14 +19,14 @@ by regression (flow matching, Lipman et al. 2022, arXiv 2210.02747). Here is the
     w         guidance scale: 0 ignores y, 1 is conditional, above 1 guided     a number
     1/steps   h, the length of one Euler step                                   a number
 
-A model is any nn.Module that has forward(x, t, y) -> u, which is u_t^θ(x, y), and two
-attributes: `shape`, the shape of one data point, for example (1, 32, 32), and `null_label`, the
-number that stands for ∅. It is num_classes, the first number that is not a label itself.
+A model is any nn.Module with a method forward(x, t, y) that returns u, in formulas u_t^θ(x, y),
+and with two attributes: `shape`, the shape of one data point, for example (1, 32, 32), and
+`null_label`, the number that stands for ∅, which is num_classes.
 
 The word "conditional" has two meanings. The path p_t(x|z) and the velocity u_t^target(x|z) are
-conditional on one data point z. The data p_data(z|y) and the field that we want,
-u_t^target(x|y), are conditional on a label y. In the name L_CFM^guided (Holderrieth & Erives,
-arXiv 2506.02070), "guided" means given y. Elsewhere it means scaled by w.
+conditional on one data point z. The data distribution p_data(z|y) and the field that we want,
+u_t^target(x|y), are conditional on a label y. In L_CFM^guided, as Holderrieth & Erives
+(arXiv 2506.02070) call the loss, "guided" means given y. Otherwise, it means guided by w.
 """
 
 import torch
@@ -40,8 +40,8 @@ def gaussian_path(t):
 
     At t = 0 the path must be pure noise, so α = 0 and β = 1. At t = 1 it must be the data
     point z, so α = 1 and β = 0. In between, any smooth α and β will do, as long as β > 0 before
-    t = 1. With the two chosen here, x moves along a straight line (rectified flow, Liu et al.
-    2022, arXiv 2209.03003). Try another choice: no other code has to change.
+    t = 1. With the two chosen here, x moves from noise to z along a straight line (rectified
+    flow, Liu et al. 2022, arXiv 2209.03003). Try another choice: no other code has to change.
     """
     alpha, d_alpha = t, torch.ones_like(t)
     beta, d_beta = 1 - t, -torch.ones_like(t)
@@ -51,20 +51,20 @@ def gaussian_path(t):
 def conditional_path(z, noise, t):
     """A point x ~ p_t(·|z) and its velocity u_t^target(x|z), both shaped like z.
 
-    Each pair (z, ε) has its own curve x from noise to data, whose time derivative is u:
+    For each pair (z, ε), x follows a curve from noise to data, and u is its time derivative:
 
         x = α z + β ε
         u = α̇ z + β̇ ε
 
-    The velocity is built from z and ε. So why is it a function of x and z? At a time t < 1,
-    exactly one curve of a given z is at x: the one with ε = (x - α z) / β. So
+    The velocity is built from z and ε. So why is it a function of x and z? For a given z and a
+    time t < 1, exactly one curve passes through x: the one with ε = (x - α z) / β. So
 
         u_t^target(x|z) = (α̇ - (β̇/β) α) z + (β̇/β) x
 
     The code knows ε, so it does not have to divide by β. On the straight path, u = z - ε.
     """
     while t.dim() < z.dim():
-        t = t[..., None]                                    # in the end (B, 1, 1, 1) for images
+        t = t[..., None]                                    # ends as (B, 1, 1, 1) for images
     alpha, beta, d_alpha, d_beta = gaussian_path(t)
     x = alpha * z + beta * noise                            # x ~ N(α z, β² I)
     u_target = d_alpha * z + d_beta * noise                 # dx/dt
@@ -74,8 +74,8 @@ def conditional_path(z, noise, t):
 def drop_labels(y, null_label, p_drop):
     """A copy of the labels y (B,), in which each label becomes ∅ with probability p_drop (1.2).
 
-    Guidance needs two fields: u_t^θ(x, y) for the images with label y, and u_t^θ(x, ∅), which
-    estimates u_t(x), for all images. One network learns both, because some labels are dropped.
+    Guidance needs two fields: u_t(x|y), for the data with label y, and u_t(x), for all data.
+    The network's u_t^θ(x, y) learns the first, and from dropped labels u_t^θ(x, ∅) the second.
     """
     dropped = torch.rand(y.shape, device=y.device) < p_drop
     return torch.where(dropped, null_label, y)
@@ -101,13 +101,13 @@ def cfm_loss(model, z, y, p_drop=0.1):
         p(z|x, y) = p_t(x|z) p_data(z|y) / p_t(x|y)
         m         = ∫ u_t^target(x|z) p(z|x, y) dz
 
-    So m is the marginal field u_t^target(x|y), which carries p_init to p_data(·|y), as an
-    earlier lecture proves with the continuity equation. We never have to compute the integral:
-    we regress onto the velocity of one z at a time, and yet learn the mean velocity over all z.
+    So m is u_t^target(x|y), the marginal field: z has been averaged out. It carries p_init to
+    p_data(·|y), as an earlier lecture proves with the continuity equation. We never compute the
+    integral: we regress onto one z at a time, and yet learn the mean velocity over all z.
 
-    For t < 1, every z can lead to every x. So the loss stays above 0 as soon as any label, or ∅
-    if it is used, has two different z. Its minimum is the average of E ‖v - m‖². With dropped
-    labels, the loss is (1 - p_drop) times the loss with y plus p_drop times the loss with ∅.
+    For t < 1, every z can lead to every x. So the loss cannot reach 0 if any label (or ∅, if it
+    is used) has two different z. Its minimum is E ‖v - m‖², averaged over x, t and y. Dropped
+    labels make it (1 - p_drop) times the loss with y plus p_drop times the loss with ∅.
     """
     assert z.is_floating_point() and z.shape[1:] == tuple(model.shape), (
         f'z must be float of shape (B, *{tuple(model.shape)}), not {z.dtype} {tuple(z.shape)}')
@@ -140,10 +140,10 @@ def guided_velocity(model, x, t, y, w):
         u_t(x|y) - u_t(x) = (1-t)/t ∇ log p_t(y|x)
 
     where p_t(y|x) is the probability that a noisy point x has the label y, and ∇ is taken with
-    respect to x. The proof is in the README. So guidance follows the gradient of a classifier
+    respect to x (the README has the proof). So guidance follows the gradient of a classifier
     that nobody had to train: it moves x towards what distinguishes y from the other labels, not
-    towards the middle of the data with label y. For w > 1, samples crowd together, far from
-    other labels. They lose variety and may overshoot the data, as in the demo.
+    towards the middle of the data with label y. For w > 1, samples crowd together, far from the
+    data with other labels. They lose variety and may overshoot the data, as in the demo.
     """
     if w == 1:
         return model(x, t, y)                               # ∅ is not needed
@@ -161,8 +161,8 @@ def euler(velocity, x, steps):
     `velocity` is called with t as a tensor (B,).
 
     Why are many steps needed, if the curve of each pair (z, ε) is a straight line? X_t does not
-    follow the line of one pair. It follows the mean velocity of many, whose weights change
-    along the way, so its curve bends. For a smooth field, doubling the steps halves the error.
+    follow the line of one pair, but the mean velocity of many pairs, whose weights change along
+    the way. So its curve bends. For a smooth field, twice as many steps halve the error.
     """
     assert steps >= 1, f'Euler needs at least one step, got {steps}'
     states = [x]
@@ -188,24 +188,24 @@ def sample(model, y, *, w=1.0, steps=50, noise=None):
 
 # ---- 2.1 Time and label as a vector --------------------------------------------------------------
 class ConditionEmbedding(nn.Module):
-    """Turns t and y, both (B,), into a vector c (B, dim), one for all blocks of a network."""
+    """Turns t and y, both (B,), into a vector c (B, dim), which all blocks of a network use."""
 
     def __init__(self, dim, num_classes):
         super().__init__()
         # A network is slow to learn fast-changing functions of a single number. So we give it
         # sines and cosines of t. Low frequencies tell early from late, and high ones tell
-        # nearby times apart: at frequency 1000, a step of 0.001 turns the angle by one radian.
+        # nearby times apart: at frequency 1000, an angle of one radian is only 0.001 in t.
         self.register_buffer('frequencies', torch.logspace(0, 3, dim // 2))     # not trained
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.label = nn.Embedding(num_classes + 1, dim)     # the last one is for ∅
+        self.label = nn.Embedding(num_classes + 1, dim)     # the last row is for ∅
 
     def forward(self, t, y):
         assert t.dim() == 1 and t.shape == y.shape, (
             f't and y must both be (B,), got {tuple(t.shape)} and {tuple(y.shape)}')
         angles = t[:, None] * self.frequencies                          # (B, dim/2)
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)          # (B, dim)
-        # Blocks apply a linear layer to c. From a plain sum of time and label, it could make
-        # only a term in t plus a term in y. After a SiLU, what it makes of y can depend on t.
+        # Blocks apply a linear layer to c. From a plain sum of time and label, that layer could
+        # make only a term in t plus a term in y. After a SiLU, the effect of y can depend on t.
         return F.silu(self.time(waves) + self.label(y))                 # c, (B, dim)
 
 
@@ -237,7 +237,7 @@ if __name__ == '__main__':
         loss.backward()
         optimizer.step()
 
-    # Labels differ in the first coordinate. At w = 1, mean and spread should be 1.5 and 0.5.
+    # The labels differ in the first coordinate: at w = 1, mean 1.5 and spread 0.5 are right.
     for w, meaning in [(0, 'y is ignored'), (1, 'label 1'), (3, 'label 1, guided')]:
         first, _ = sample(model, torch.full((4000,), 1), w=w).T
         print(f'w = {w}: mean {first.mean():5.2f}, spread {first.std():.2f}   ({meaning})')

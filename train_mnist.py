@@ -1,19 +1,19 @@
 """Train a flow on MNIST and draw digits on request: all parts of the lecture at work together.
 
-    python train_mnist.py                    train the U-Net, on 32x32 pixels (part 2.1)
+    python train_mnist.py                    train the U-Net on 32x32 pixels (part 2.1)
     python train_mnist.py --model dit        train the DiT instead (2.2)
     python train_mnist.py --latent           train a VAE, then the U-Net on its latents (2.3)
     python train_mnist.py --prompt 314       no training: the trained U-Net draws these digits
 
-On two CPU cores the first command takes from 8 to 16 minutes, and it draws its first digits
-after a third of that time. An interrupted run cannot be resumed, but --prompt draws with the
-network from its last complete epoch. These files go to out/ (NAME is, for example, unet):
+On two CPU cores the first command takes 8 to 16 minutes, and it draws its first digits after a
+third of that time. An interrupted run cannot be resumed, but --prompt draws with the network
+from its last complete epoch. These files go to out/ (NAME is, for example, unet):
 
     NAME.pt              the checkpoint, written after each epoch
     NAME_epoch1.png      digits after epoch 1 (2, ...); rows for guidance 0 (no label), 1, 2, 4
     NAME_path.png        X_t from noise to digit: a row for each digit, a column for each time
     NAME_vae.png         with --latent: test digits, above their reconstructions by the VAE
-    NAME_prompt.png      with --prompt: the requested digits, in rows as above
+    NAME_prompt.png      with --prompt: the requested digits, with a row for each guidance scale
 """
 
 import math
@@ -34,8 +34,8 @@ from vae import VAE, reparameterize, vae_loss
 
 
 # ---- Settings ------------------------------------------------------------------------------------
-# Each run trains a network for a number of epochs (passes over all images). A latent is only
-# (4, 8, 8), so there the U-Net gets two levels (not four), and the DiT 2x2 patches (not 4x4).
+# Each run trains a network for some epochs (passes over all training images). A latent is only
+# (4, 8, 8), so there the U-Net gets two levels, not four, and the DiT 2x2 patches, not 4x4.
 RUNS = {
     'unet': dict(build=UNet, epochs=3),
     'dit': dict(build=DiT, epochs=3),
@@ -51,7 +51,7 @@ def main(argv=None):
     """Run the program with the options in the list argv, or with those on the command line."""
     args = read_options(argv)
     name = f'{args.model}_latent' if args.latent else args.model
-    stem = f'{args.out}/{name}'                             # all files of a run begin with it
+    stem = f'{args.out}/{name}'                             # all file names of a run begin with it
     device, drawing = args.device, dict(steps=args.steps, seed=args.seed)
 
     if args.prompt:
@@ -75,7 +75,7 @@ def main(argv=None):
     y = torch.arange(10, device=device)
 
     def save_and_draw(epoch, losses, held_out):
-        # The checkpoint comes first, so that a picture that fails cannot cost us the network.
+        # The checkpoint comes first, so that an error while drawing cannot cost us the network.
         save_checkpoint(f'{stem}.pt', name, model, vae, losses, held_out)
         draw_guidance(f'{stem}_epoch{epoch}.png', model, y, args.guidance, vae=vae, **drawing)
 
@@ -86,13 +86,13 @@ def main(argv=None):
 
 # ---- Training the flow (1.1 and 1.2) -------------------------------------------------------------
 def train(model, data, epochs, *, batch_size=BATCH_SIZE, peak=PEAK, vae=None, after_epoch=None):
-    """Train a model, in place, on any labelled images. Returns the lists (losses, held_out).
+    """Train a model, in place, on any labelled images. Return the lists (losses, held_out).
 
     data = (x_train, y_train, x_test, y_test), tensors on the model's device: images x, uint8
     (N, C, H, W), and labels y, int64 (N,), from 0 to num_classes - 1. With a `vae`, the flow
-    runs on its latents. `losses` has a number for each step, and `held_out` one for each epoch.
-    If you pass after_epoch(epoch, losses, held_out), it is called after epochs 1, 2, …, with
-    the model in eval mode, to save, draw or plot.
+    runs on its latents. `losses` holds the training loss of each step, `held_out` the loss on
+    test images after each epoch. If you pass after_epoch(epoch, losses, held_out), you can
+    save, draw or plot in it: it is called after epochs 1, 2, …, with the model in eval mode.
     """
     check_data(model, data)
     x_train, y_train, x_test, y_test = data
@@ -108,14 +108,14 @@ def train(model, data, epochs, *, batch_size=BATCH_SIZE, peak=PEAK, vae=None, af
             z = encode(vae, to_model(x_train[indices]))     # (B, C, H, W)
             y = y_train[indices]                            # (B,)
 
-            # This is the loss of 1.1, with one label in ten dropped (1.2). A new network
+            # This is the loss of 1.1, with one label in ten dropped (1.2). An untrained network
             # predicts 0, so its first loss is E (z - ε)² = E z² + E ε² = 0.94 + 1 on pixels.
             loss = cfm_loss(model, z, y)
             optimizer.zero_grad()
             loss.backward()
 
-            # Gradient clipping scales a gradient with a norm above 1 down to norm 1. Otherwise,
-            # a rare, very large gradient could upset Adam's averages for many steps.
+            # Gradient clipping scales a gradient with a norm above 1 down to norm 1. Without
+            # clipping, a rare, very large gradient could upset Adam's averages for many steps.
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
             optimizer.param_groups[0]['lr'] = learning_rate(step, total, peak)
             optimizer.step()
@@ -149,7 +149,7 @@ def learning_rate(step, total, peak):
 
 
 def check_data(model, data):
-    """Check the data, because some mistakes would go unnoticed and spoil the training."""
+    """Check the data, because some mistakes would otherwise spoil the training unnoticed."""
     x_train, y_train, x_test, y_test = data
     for half, x, y in [('training', x_train, y_train), ('test', x_test, y_test)]:
         assert torch.is_tensor(x) and x.dtype == torch.uint8 and x.shape[1:2] in ((1,), (3,)), (
@@ -162,10 +162,10 @@ def check_data(model, data):
 
 def report(step, losses, batch_size, start):
     """Print the progress of training at the first step and at every fiftieth."""
-    if step == 1 or step % 50 == 0:                     # rarely: reading a loss waits for the GPU
+    if step == 1 or step % 50 == 0:                     # rarely: each reading waits for the GPU
         total, loss = len(losses), losses[max(0, step - 50):step].mean().item()
         assert math.isfinite(loss), f'the loss is {loss}: try a lower learning rate'
-        seconds = (time.perf_counter() - start) / step                      # a step
+        seconds = (time.perf_counter() - start) / step                      # per step
         print(f'step {step} of {total}, loss {loss:.4f}, {batch_size / seconds:.0f} img/s, '
               f'{seconds * (total - step) / 60:.1f} min left', flush=True)
 
@@ -263,7 +263,7 @@ def load_mnist(file):
     """(x_train, y_train, x_test, y_test) from data/mnist.npz or a file with the same layout.
 
     Images x are uint8 (N, 1, 32, 32), labels y int64 (N,), 0 to 9. We pad the 28x28 digits (Lab
-    Three resizes them) to 32x32, a size that can be halved again and again.
+    Three of the course resizes them) to 32x32, a size that can be halved again and again.
     """
     data = []
     with np.load(file) as arrays:
@@ -290,7 +290,7 @@ def to_pixels(x):
 
 
 def save_picture(file, images, columns):
-    """Save images (N, C, h, w), uint8, grey or in colour, row by row, three times as large."""
+    """Save images (N, C, h, w), uint8, as one picture, row by row, three times as large."""
     N, C, h, w = images.shape
     assert images.dtype == torch.uint8, f'images must be uint8, not {images.dtype}'
     assert C in (1, 3), f'images must have 1 channel (grey) or 3 (colour), not {C}'
@@ -331,7 +331,7 @@ def read_options(argv):
     option('--lr', type=float, default=PEAK, help='highest learning rate; default: %(default)s')
     option('--guidance', type=float, nargs='+', default=[0, 1, 2, 4], help='w; default: 0 1 2 4')
     option('--steps', type=int, default=50, help='Euler steps per drawing; default: %(default)s')
-    option('--prompt', metavar='DIGITS', help='draw; --model, --latent, --out as in training')
+    option('--prompt', metavar='DIGITS', help='draw these; repeat --model, --latent and --out')
     option('--seed', type=int, default=0, help='for all random numbers; default: %(default)s')
     option('--device', default=device, help='default on this machine: %(default)s')
     option('--data', default=f'{here}/data/mnist.npz', help='default: the data beside this script')

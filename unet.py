@@ -1,11 +1,11 @@
 """The U-Net: part 2.1 of the lecture (Ronneberger et al. 2015, arXiv 1505.04597).
 
-A 3x3 convolution widens the receptive field, the part of the image that reaches a pixel through
-convolutions, by one pixel on each side. But a seven is a seven only as a whole. So the encoder,
-the first half of the network, halves height and width from level to level. After each halving,
-a pixel covers twice as many rows and columns of the image, so the same 3x3 convolution reaches
-twice as far. At the bottom, only 4x4 pixels are left. Each of them sees the whole image, and
-its 128 channels say what the image shows. The decoder then restores the size, level by level.
+A 3x3 convolution widens the receptive field, the part of the image that can influence a pixel
+through convolutions, by one pixel on each side. But a seven is a seven only as a whole. So the
+encoder, the first half of the network, halves height and width from level to level. After each
+halving, a pixel covers twice as many rows and columns of the image, so the same 3x3 convolution
+reaches twice as far. At the bottom, only 4x4 pixels are left. Each of them sees the whole
+image, and its 128 channels say what the image shows. The decoder then restores the size.
 
 Halving loses the exact position of each stroke. The skip connections restore this information.
 At each level, a decoder block gets the features from below, concatenated with those of the
@@ -37,17 +37,17 @@ from tinyflow import ConditionEmbedding
 class ResidualBlock(nn.Module):
     """Two convolutions with a shortcut around them, and time and label injected in between.
 
-    It turns features h (B, in_channels, H, W) into (B, out_channels, H, W), given the vector c
-    (B, cond_dim) for t and y. The block is that of DDPM (Ho et al. 2020, arXiv 2006.11239), but
-    c enters as a scale and a shift, as in Dhariwal & Nichol (2021, arXiv 2105.05233).
+    The block turns features h (B, in_channels, H, W) into (B, out_channels, H, W), given a
+    vector c (B, cond_dim) for t and y. It is DDPM's (Ho et al. 2020, arXiv 2006.11239), but c
+    enters as a scale and a shift, as in Dhariwal & Nichol (2021, arXiv 2105.05233).
     """
 
     def __init__(self, in_channels, out_channels, cond_dim):
         super().__init__()
         # Normalisation puts the inputs of both convolutions on the same scale, so that a deep
         # network can be trained. Group normalisation (Wu & He 2018, arXiv 1803.08494) usually
-        # has several groups of channels. With one group it is layer normalisation: all channels
-        # and pixels of an image together get mean 0 and standard deviation 1.
+        # splits the channels into several groups. With one group it is layer normalisation: all
+        # channels and pixels of an image together get mean 0 and standard deviation 1.
         self.norm1 = nn.GroupNorm(1, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(1, out_channels, affine=False)    # modulated by c
@@ -67,7 +67,7 @@ class ResidualBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(h)))                       # (B, out_channels, H, W)
 
         # An affine map injects t and y: c gives each channel a scale and a shift, the same for
-        # all pixels (FiLM, Perez et al. 2017, arXiv 1709.07871). With both 0, only norm2 acts.
+        # all pixels (FiLM, Perez et al. 2017, arXiv 1709.07871). If both are 0, this is norm2.
         scale, shift = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
         h = (1 + scale) * self.norm2(h) + shift                     # scale: (B, out_channels, 1, 1)
         return shortcut + self.conv2(F.silu(h))                     # (B, out_channels, H, W)
@@ -85,13 +85,13 @@ class UNet(nn.Module):
         super().__init__()
         self.shape = tuple(shape)                                   # of one image
         self.null_label = num_classes                               # ∅
-        cond_dim = 2 * widths[-1]                           # scale and shift of the bottleneck
+        cond_dim = 2 * widths[-1]                  # as long as the bottleneck's scale and shift
         self.condition = ConditionEmbedding(cond_dim, num_classes)
         self.first = nn.Conv2d(shape[0], widths[0], 3, padding=1)
 
-        # Down: a level's encoder block turns the channels of the level above into `width`. Up:
+        # Down: a level's encoder block turns the channels from above into `width` channels. Up:
         # its decoder block gets `width` channels from below and `width` from the skip, and
-        # returns as many as the level above has. insert(0, …) puts the deepest block first.
+        # returns as many as came from above. insert(0, …) puts the deepest block first.
         self.encoder = nn.ModuleList()
         self.decoder = nn.ModuleList()
         above = widths[0]                                           # from `first`
@@ -121,7 +121,7 @@ class UNet(nn.Module):
         h = self.bottleneck(h, c)                                   # (B, widths[-1], H', W')
 
         for block in self.decoder:
-            skip = skips.pop()                                      # the deepest first
+            skip = skips.pop()                                      # deepest first
             h = F.interpolate(h, size=skip.shape[-2:], mode='nearest')      # odd sizes fit, too
             h = block(torch.cat([h, skip], dim=1), c)               # (B, above, H', W')
 

@@ -9,14 +9,14 @@ diffusion, Rombach et al. 2021, arXiv 2112.10752). As in part 2.3, x is an image
     train the flow       x ── E ──> mean, logvar ── sample ──> z, a data point for cfm_loss
     generate images      noise ── the flow ──> z̃ ── D ──> x̃
 
-A latent (4, 8, 8) has 256 numbers, while an image has 1,024. A variational autoencoder (Kingma
-& Welling 2013, arXiv 1312.6114) maps an image not to one latent but to a small cloud of
-latents. For each of the 256 numbers, the encoder outputs a mean and logvar = log σ², the
+A (4, 8, 8) latent has 256 numbers, while a (1, 32, 32) image has 1,024. A variational
+autoencoder (Kingma & Welling 2013, arXiv 1312.6114) maps an image not to one latent but to a
+small cloud of latents. For each number, the encoder outputs a mean and logvar = log σ², the
 logarithm of a variance. Then z is sampled from q(z|x) = N(mean, σ²), each number independently.
 
-`train_vae` in train_mnist.py then freezes the VAE. If the flow's loss could change the encoder,
-it would be lowest with all latents at a single point z. Then X_t = t z + (1-t) ε gives away ε,
-and so also the target z - ε. The loss would fall to 0, but z would say nothing about x.
+`train_vae` in train_mnist.py freezes the trained VAE. If the flow's loss could train the
+encoder, it would be lowest with all latents at a single point z. Then X_t = t z + (1-t) ε would
+give away ε, and hence the target z - ε. The loss would be 0, but z would say nothing about x.
 """
 
 import torch
@@ -26,8 +26,8 @@ from torch import nn
 def reparameterize(mean, logvar):
     """Sample z ~ N(mean, σ²), shaped like mean, with the reparameterization trick.
 
-    Sampling by itself has no gradient. But in mean + σ ε, only ε ~ N(0, I) is random, so the
-    gradient reaches mean and σ, and through them the encoder. The encoder outputs log σ²,
+    No gradient flows through sampling itself. But in mean + σ ε, only ε ~ N(0, I) is random, so
+    the gradient reaches mean and σ, and through them the encoder. The encoder outputs log σ²,
     because σ must be positive, whereas log σ² may be any number.
     """
     sigma = (logvar / 2).exp()
@@ -50,20 +50,20 @@ def vae_loss(vae, x, beta):
         loss = mse + beta · kl / d,    d = C·H·W
 
     `mse`, the mean squared error, penalises poor reconstructions. `kl`, the mean of
-    KL(q(z|x) ‖ p(z)) over the images, pulls each q(z|x) towards the prior p(z) = N(0, I). If
-    the decoder stands for p(x|z) = N(D(z), ½ beta I), then loss · d / beta is, up to a
+    KL(q(z|x) ‖ p(z)) over the images, pulls each q(z|x) towards the prior p(z) = N(0, I). If we
+    let the decoder define p(x|z) = N(D(z), ½ beta I), then loss · d / beta is, up to a
     constant, -ELBO, and the ELBO (evidence lower bound) is at most log p(x). The proof is in
     the README. (Up to a factor, beta is the β of β-VAEs, Higgins et al. 2017.)
 
-    An ordinary VAE generates from p(z), but here a flow learns the latents. So what is the KL
-    good for? First, mse alone would shrink each cloud to a point, because noise only raises it.
-    The term -log σ² of the KL prevents that. The decoder then learns to turn a whole cloud into
-    nearly the same image, so it tolerates small errors of the flow. Second, the decoder can
-    undo any scale of z, so the KL alone picks the scale: the one at which the mean square of z
-    is 1, as for the noise in X_t. (After our two epochs, it is 0.97.)
+    An ordinary VAE generates from p(z), but here a flow learns the distribution of latents. So
+    what is the KL good for? First, mse alone would shrink each cloud to a point, because noise
+    only raises it. The -log σ² term of the KL prevents that. The decoder then learns to turn
+    every point of a cloud into nearly the same image, so it tolerates small errors of the flow.
+    Second, the decoder can undo any scaling of z, so the KL alone picks the scale. It picks the
+    one at which z has mean square 1, as noise has. (After our two epochs, it is 0.97.)
 
-    But beta must be small: we use 1e-3. With a large beta, the clouds of different images would
-    overlap, so the decoder would paint their average, a blur that no flow can undo.
+    But beta must be small: we use 1e-3. With a large beta, different images would share
+    latents, so the decoder would output their average, which no flow can sharpen.
     """
     mean, logvar = vae.encode(x)
     z = reparameterize(mean, logvar)                        # z ~ q(z|x)
@@ -76,7 +76,7 @@ class VAE(nn.Module):
     """Encodes images (B, C, H, W) in [-1, 1] as clouds of latents, and decodes latents.
 
     `width` is the number of channels at half the image size. For a flow on latents (B,
-    latent_channels, H/4, W/4), build the network with shape=vae.latent_shape.
+    latent_channels, H/4, W/4), build the flow's network with shape=vae.latent_shape.
     """
 
     def __init__(self, shape=(1, 32, 32), latent_channels=4, width=32):
@@ -90,11 +90,11 @@ class VAE(nn.Module):
             nn.Conv2d(C, width, 4, stride=2, padding=1), nn.SiLU(),             # (32, 16, 16)
             nn.Conv2d(width, 2 * width, 4, stride=2, padding=1), nn.SiLU(),     # (64, 8, 8)
             nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.SiLU(),           # (64, 8, 8)
-            nn.Conv2d(2 * width, 2 * latent_channels, 1),                       # both (4, 8, 8)
+            nn.Conv2d(2 * width, 2 * latent_channels, 1),                       # (8, 8, 8)
         )
 
-        # PixelShuffle (Shi et al. 2016, arXiv 1609.05158) doubles the size by laying out four
-        # channels as 2x2 pixels, so the convolution before it works at the smaller size.
+        # PixelShuffle (Shi et al. 2016, arXiv 1609.05158) doubles the size by laying out every
+        # four channels as 2x2 pixels, so the convolution before it works at the smaller size.
         self.decoder = nn.Sequential(
             nn.Conv2d(latent_channels, 2 * width, 3, padding=1), nn.SiLU(),     # (64, 8, 8)
             nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.SiLU(),           # (64, 8, 8)
