@@ -719,7 +719,7 @@ def test_unsuitable_data_is_refused_for_training_and_for_testing(x, y, words):
 
 @pytest.mark.parametrize('batch_size, words', [(1, 'the loss is'), (60, 'held-out loss')])
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(batch_size, words):
-    saved = []                                              # batches of 1 reach step 50, which checks
+    saved = []                                              # batches of 1 reach step 50
     with pytest.raises(AssertionError, match=words + '.*(nan|inf).*learning rate'):
         train_mnist.train(small_colour_unet(), colours(60), epochs=1, batch_size=batch_size,
                           peak=1e30, after_epoch=lambda *arguments: saved.append(arguments))
