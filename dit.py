@@ -88,7 +88,7 @@ class SelfAttention(nn.Module):
 
         # Row i of the scores says how well each key matches query i. If the entries of q and k
         # are independent, with mean 0 and variance 1, then q·k has standard deviation √d.
-        # Without √d, they could drive the softmax to 0 and 1, where its gradient vanishes.
+        # Undivided, scores could drive the softmax to 0 and 1, where its gradient vanishes.
         scores = q @ k.transpose(-2, -1) / d ** 0.5                 # (B, heads, N, N)
         h = scores.softmax(dim=-1) @ v                              # (B, heads, N, d)
         return self.proj(h.transpose(1, 2).reshape(B, N, dim))      # heads side by side
@@ -144,7 +144,7 @@ class DiT(nn.Module):
 
         # With zeros in `last`, a new network predicts u = 0. But zeros also stop the gradient,
         # so in step 1 only `last` learns. In step 2, so do the gates, `last_modulation` and
-        # `first`, because its gradient bypasses closed gates. From step 3 on, all layers learn.
+        # `first`, whose gradient bypasses the closed gates. From step 3 on, all layers learn.
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = nn.Linear(dim, 2 * dim)
         self.last = nn.Linear(dim, C * patch * patch)

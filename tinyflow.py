@@ -19,14 +19,14 @@ field by regression (flow matching, Lipman et al. 2022, arXiv 2210.02747). The w
     w         guidance scale: 0 ignores y, 1 is conditional, above 1 guided     a number
     1/steps   h, the length of one Euler step                                   a number
 
-A model is any nn.Module with a method forward(x, t, y) that returns u, in formulas u_t^θ(x, y),
-and with two attributes: `shape`, the shape of one data point, for example (1, 32, 32), and
-`null_label`, the number that stands for ∅, which is num_classes.
+A model is any nn.Module whose forward(x, t, y) returns u (u_t^θ(x, y) in formulas) and that has
+two attributes: `shape`, the shape of one data point, for example (1, 32, 32), and `null_label`,
+the number that stands for ∅, which is num_classes.
 
 The word "conditional" has two meanings. The path p_t(x|z) and the velocity u_t^target(x|z) are
 conditional on one data point z. The data distribution p_data(z|y) and the field that we want,
 u_t^target(x|y), are conditional on a label y. In L_CFM^guided, as Holderrieth & Erives
-(arXiv 2506.02070) call the loss, "guided" means given y. Otherwise, it means guided by w.
+(arXiv 2506.02070) call the loss, "guided" means given y. Elsewhere, it means guided by w.
 """
 
 import torch
@@ -75,7 +75,7 @@ def drop_labels(y, null_label, p_drop):
     """A copy of the labels y (B,), in which each label becomes ∅ with probability p_drop (1.2).
 
     Guidance needs two fields: u_t(x|y), for the data with label y, and u_t(x), for all data.
-    The network's u_t^θ(x, y) learns the first, and from dropped labels u_t^θ(x, ∅) the second.
+    u_t^θ(x, y) learns the first, and u_t^θ(x, ∅) learns the second, from the dropped labels.
     """
     dropped = torch.rand(y.shape, device=y.device) < p_drop
     return torch.where(dropped, null_label, y)
@@ -101,13 +101,13 @@ def cfm_loss(model, z, y, p_drop=0.1):
         p(z|x, y) = p_t(x|z) p_data(z|y) / p_t(x|y)
         m         = ∫ u_t^target(x|z) p(z|x, y) dz
 
-    So m is u_t^target(x|y), the marginal field: z has been averaged out. It carries p_init to
-    p_data(·|y), as an earlier lecture proves with the continuity equation. We never compute the
-    integral: we regress onto one z at a time, and yet learn the mean velocity over all z.
+    So m is u_t^target(x|y), the marginal field: z has been averaged out. This field carries
+    p_init to p_data(·|y), as an earlier lecture proves with the continuity equation. We never
+    compute the integral: we regress onto one z at a time, and yet learn the mean over all z.
 
     For t < 1, every z can lead to every x. So the loss cannot reach 0 if any label (or ∅, if it
-    is used) has two different z. Its minimum is E ‖v - m‖², averaged over x, t and y. Dropped
-    labels make it (1 - p_drop) times the loss with y plus p_drop times the loss with ∅.
+    is used) has two distinct z. Its minimum is E ‖v - m‖², averaged over x, t and y. Dropping
+    labels makes the loss (1 - p_drop) times that with y plus p_drop times that with ∅.
     """
     assert z.is_floating_point() and z.shape[1:] == tuple(model.shape), (
         f'z must be float of shape (B, *{tuple(model.shape)}), not {z.dtype} {tuple(z.shape)}')
@@ -143,7 +143,7 @@ def guided_velocity(model, x, t, y, w):
     respect to x (the README has the proof). So guidance follows the gradient of a classifier
     that nobody had to train: it moves x towards what distinguishes y from the other labels, not
     towards the middle of the data with label y. For w > 1, samples crowd together, far from the
-    data with other labels. They lose variety and may overshoot the data, as in the demo.
+    data with other labels. They lose variety and may overshoot the data of y, as in the demo.
     """
     if w == 1:
         return model(x, t, y)                               # ∅ is not needed
@@ -162,7 +162,7 @@ def euler(velocity, x, steps):
 
     Why are many steps needed, if the curve of each pair (z, ε) is a straight line? X_t does not
     follow the line of one pair, but the mean velocity of many pairs, whose weights change along
-    the way. So its curve bends. For a smooth field, twice as many steps halve the error.
+    the way. So its curve bends. For a smooth field, doubling the step count halves the error.
     """
     assert steps >= 1, f'Euler needs at least one step, got {steps}'
     states = [x]
@@ -204,8 +204,8 @@ class ConditionEmbedding(nn.Module):
             f't and y must both be (B,), got {tuple(t.shape)} and {tuple(y.shape)}')
         angles = t[:, None] * self.frequencies                          # (B, dim/2)
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)          # (B, dim)
-        # Blocks apply a linear layer to c. From a plain sum of time and label, that layer could
-        # make only a term in t plus a term in y. After a SiLU, the effect of y can depend on t.
+        # Blocks apply a linear layer to c. Given a plain sum of time and label, it could give
+        # only a term in t plus one in y. After a SiLU, the effect of y can depend on t.
         return F.silu(self.time(waves) + self.label(y))                 # c, (B, dim)
 
 
@@ -237,7 +237,7 @@ if __name__ == '__main__':
         loss.backward()
         optimizer.step()
 
-    # The labels differ in the first coordinate: at w = 1, mean 1.5 and spread 0.5 are right.
+    # Only the first coordinate depends on y. At w = 1, its mean should be 1.5, its spread 0.5.
     for w, meaning in [(0, 'y is ignored'), (1, 'label 1'), (3, 'label 1, guided')]:
         first, _ = sample(model, torch.full((4000,), 1), w=w).T
         print(f'w = {w}: mean {first.mean():5.2f}, spread {first.std():.2f}   ({meaning})')

@@ -91,8 +91,8 @@ def train(model, data, epochs, *, batch_size=BATCH_SIZE, peak=PEAK, vae=None, af
     data = (x_train, y_train, x_test, y_test), tensors on the model's device: images x, uint8
     (N, C, H, W), and labels y, int64 (N,), from 0 to num_classes - 1. With a `vae`, the flow
     runs on its latents. `losses` holds the training loss of each step, `held_out` the loss on
-    test images after each epoch. If you pass after_epoch(epoch, losses, held_out), you can
-    save, draw or plot in it: it is called after epochs 1, 2, …, with the model in eval mode.
+    test images after each epoch. To save, draw or plot, pass a function after_epoch(epoch,
+    losses, held_out): it is called after epochs 1, 2, …, with the model in eval mode.
     """
     check_data(model, data)
     x_train, y_train, x_test, y_test = data
@@ -149,7 +149,7 @@ def learning_rate(step, total, peak):
 
 
 def check_data(model, data):
-    """Check the data, because some mistakes would otherwise spoil the training unnoticed."""
+    """Check the data for mistakes that would otherwise spoil the training unnoticed."""
     x_train, y_train, x_test, y_test = data
     for half, x, y in [('training', x_train, y_train), ('test', x_test, y_test)]:
         assert torch.is_tensor(x) and x.dtype == torch.uint8 and x.shape[1:2] in ((1,), (3,)), (
@@ -196,12 +196,12 @@ def train_vae(data, epochs=2, *, batch_size=32, peak=2e-3, beta=1e-3):
 
 
 def encode(vae, x):
-    """The data z of the flow for images x: z ~ q(z|x) or, without a VAE, x itself."""
+    """The flow's data z for images x: z ~ q(z|x) or, without a VAE, x itself."""
     return reparameterize(*vae.encode(x)) if vae else x
 
 
 def decode(vae, z):
-    """The images for samples z of the flow: D(z) or, without a VAE, z itself."""
+    """The images for the flow's samples z: D(z) or, without a VAE, z itself."""
     return vae.decode(z) if vae else z
 
 
@@ -331,7 +331,7 @@ def read_options(argv):
     option('--lr', type=float, default=PEAK, help='highest learning rate; default: %(default)s')
     option('--guidance', type=float, nargs='+', default=[0, 1, 2, 4], help='w; default: 0 1 2 4')
     option('--steps', type=int, default=50, help='Euler steps per drawing; default: %(default)s')
-    option('--prompt', metavar='DIGITS', help='draw these; repeat --model, --latent and --out')
+    option('--prompt', metavar='DIGITS', help='draw these; --model, --latent, --out as trained')
     option('--seed', type=int, default=0, help='for all random numbers; default: %(default)s')
     option('--device', default=device, help='default on this machine: %(default)s')
     option('--data', default=f'{here}/data/mnist.npz', help='default: the data beside this script')

@@ -1,16 +1,17 @@
 """The U-Net: part 2.1 of the lecture (Ronneberger et al. 2015, arXiv 1505.04597).
 
-A 3x3 convolution widens the receptive field, the part of the image that can influence a pixel
-through convolutions, by one pixel on each side. But a seven is a seven only as a whole. So the
-encoder, the first half of the network, halves height and width from level to level. After each
-halving, a pixel covers twice as many rows and columns of the image, so the same 3x3 convolution
-reaches twice as far. At the bottom, only 4x4 pixels are left. Each of them sees the whole
-image, and its 128 channels say what the image shows. The decoder then restores the size.
+Each 3x3 convolution widens a pixel's receptive field, the part of the image that can influence
+it through convolutions, by one pixel on each side. But a seven is a seven only as a whole. So
+the encoder, the first half of the network, halves height and width from level to level. After
+each halving, a pixel covers twice as many rows and columns of the image, so the same 3x3
+convolution reaches twice as far. At the bottom, only 4x4 pixels are left. Each of them sees the
+whole image, and its 128 channels say what the image shows. The decoder then restores the size.
 
-Halving loses the exact position of each stroke. The skip connections restore this information.
-At each level, a decoder block gets the features from below, concatenated with those of the
-encoder block at the same level, and reduces them to as many channels as the level above has.
-Here are the default shapes. Read the left column downwards, then the right column upwards:
+Halving loses detail: the exact position of each stroke and the noise in each pixel, which is
+part of the target z - ε. The skip connections restore this detail. At each level, a decoder
+block gets the features from below, concatenated with those of the encoder block at the same
+level, and reduces them to as many channels as the level above has. Here are the default shapes.
+Read the left column downwards, then the right column upwards:
 
     encoder                                          decoder
     x             (1, 32, 32)                        u             (1, 32, 32)
@@ -38,13 +39,13 @@ class ResidualBlock(nn.Module):
     """Two convolutions with a shortcut around them, and time and label injected in between.
 
     The block turns features h (B, in_channels, H, W) into (B, out_channels, H, W), given a
-    vector c (B, cond_dim) for t and y. It is DDPM's (Ho et al. 2020, arXiv 2006.11239), but c
-    enters as a scale and a shift, as in Dhariwal & Nichol (2021, arXiv 2105.05233).
+    vector c (B, cond_dim) for t and y. It is from DDPM (Ho et al. 2020, arXiv 2006.11239), but
+    c enters as scale and shift, as in Dhariwal & Nichol (2021, arXiv 2105.05233).
     """
 
     def __init__(self, in_channels, out_channels, cond_dim):
         super().__init__()
-        # Normalisation puts the inputs of both convolutions on the same scale, so that a deep
+        # Normalisation puts the inputs to both convolutions on the same scale, so that a deep
         # network can be trained. Group normalisation (Wu & He 2018, arXiv 1803.08494) usually
         # splits the channels into several groups. With one group it is layer normalisation: all
         # channels and pixels of an image together get mean 0 and standard deviation 1.
@@ -67,7 +68,7 @@ class ResidualBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(h)))                       # (B, out_channels, H, W)
 
         # An affine map injects t and y: c gives each channel a scale and a shift, the same for
-        # all pixels (FiLM, Perez et al. 2017, arXiv 1709.07871). If both are 0, this is norm2.
+        # all pixels (FiLM, Perez et al. 2017, arXiv 1709.07871). With both 0, only norm2 acts.
         scale, shift = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
         h = (1 + scale) * self.norm2(h) + shift                     # scale: (B, out_channels, 1, 1)
         return shortcut + self.conv2(F.silu(h))                     # (B, out_channels, H, W)

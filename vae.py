@@ -3,7 +3,7 @@
 Neighbouring pixels are mostly alike, so a flow that computes every pixel in each step wastes
 most of its work. We first train an autoencoder. Its encoder E squeezes an image x into a small
 latent z, and its decoder D turns z back into an image. Then the flow runs on latents (latent
-diffusion, Rombach et al. 2021, arXiv 2112.10752). As in part 2.3, x is an image, not an X_t:
+diffusion, Rombach et al. 2021, arXiv 2112.10752). As in part 2.3, x is an image, not X_t:
 
     train the VAE        x ── E ──> mean, logvar ── sample ──> z ── D ──> a reconstruction of x
     train the flow       x ── E ──> mean, logvar ── sample ──> z, a data point for cfm_loss
@@ -11,12 +11,12 @@ diffusion, Rombach et al. 2021, arXiv 2112.10752). As in part 2.3, x is an image
 
 A (4, 8, 8) latent has 256 numbers, while a (1, 32, 32) image has 1,024. A variational
 autoencoder (Kingma & Welling 2013, arXiv 1312.6114) maps an image not to one latent but to a
-small cloud of latents. For each number, the encoder outputs a mean and logvar = log σ², the
-logarithm of a variance. Then z is sampled from q(z|x) = N(mean, σ²), each number independently.
+small cloud of latents. For each number in z, the encoder outputs a mean and logvar = log σ², a
+log-variance. Then z is sampled from q(z|x) = N(mean, σ²), each number independently.
 
 `train_vae` in train_mnist.py freezes the trained VAE. If the flow's loss could train the
-encoder, it would be lowest with all latents at a single point z. Then X_t = t z + (1-t) ε would
-give away ε, and hence the target z - ε. The loss would be 0, but z would say nothing about x.
+encoder, that loss would be lowest with all latents at one point z. Then X_t = t z + (1-t) ε
+would give away ε, and so z - ε. The loss would be 0, but z would say nothing about x.
 """
 
 import torch
@@ -57,10 +57,10 @@ def vae_loss(vae, x, beta):
 
     An ordinary VAE generates from p(z), but here a flow learns the distribution of latents. So
     what is the KL good for? First, mse alone would shrink each cloud to a point, because noise
-    only raises it. The -log σ² term of the KL prevents that. The decoder then learns to turn
-    every point of a cloud into nearly the same image, so it tolerates small errors of the flow.
-    Second, the decoder can undo any scaling of z, so the KL alone picks the scale. It picks the
-    one at which z has mean square 1, as noise has. (After our two epochs, it is 0.97.)
+    only raises mse. The -log σ² term of the KL prevents that. The decoder then learns to turn
+    every point of a cloud into nearly the same image, so it tolerates small errors in the flow.
+    Second, the decoder can undo any scaling of z, so the KL alone sets the scale: it gives z a
+    mean square of 1, like that of noise. (After our two epochs, the mean square is 0.97.)
 
     But beta must be small: we use 1e-3. With a large beta, different images would share
     latents, so the decoder would output their average, which no flow can sharpen.
@@ -93,8 +93,8 @@ class VAE(nn.Module):
             nn.Conv2d(2 * width, 2 * latent_channels, 1),                       # (8, 8, 8)
         )
 
-        # PixelShuffle (Shi et al. 2016, arXiv 1609.05158) doubles the size by laying out every
-        # four channels as 2x2 pixels, so the convolution before it works at the smaller size.
+        # PixelShuffle (Shi et al. 2016, arXiv 1609.05158) doubles the size by turning groups of
+        # four channels into 2x2 pixels, so the convolution before it works at the smaller size.
         self.decoder = nn.Sequential(
             nn.Conv2d(latent_channels, 2 * width, 3, padding=1), nn.SiLU(),     # (64, 8, 8)
             nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.SiLU(),           # (64, 8, 8)
