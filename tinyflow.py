@@ -75,7 +75,7 @@ def drop_labels(y, null_label, p_drop):
     """A copy of the labels y (B,), in which each label becomes ∅ with probability p_drop (1.2).
 
     Guidance needs two fields: u_t(x|y), for the data with label y, and u_t(x), for all data.
-    u_t^θ(x, y) learns the first, and u_t^θ(x, ∅) learns the second, from the dropped labels.
+    u_t^θ(x, y) learns the first, and u_t^θ(x, ∅) the second, from data with dropped labels.
     """
     dropped = torch.rand(y.shape, device=y.device) < p_drop
     return torch.where(dropped, null_label, y)
@@ -87,7 +87,7 @@ def cfm_loss(model, z, y, p_drop=0.1):
         L_CFM^guided(θ) = E ‖u_t^θ(x, y) - u_t^target(x|z)‖²
         over (z, y) ~ p_data, t ~ Unif, x ~ p_t(·|z)
 
-    We want the field u_t^target(x|y), but we regress onto v = u_t^target(x|z), the velocity of
+    We want the field u_t^target(x|y), but we regress onto v = u_t^target(x|z), the velocity for
     a single z. Why is that enough? Many z could have led to the same x. The network is given
     only x, t and y, so it cannot know which z it was: to the network, v is random. Let
     m = E[v | x, t, y] be its mean. For given x, t and y, a prediction u has the error
@@ -105,7 +105,7 @@ def cfm_loss(model, z, y, p_drop=0.1):
     p_init to p_data(·|y), as an earlier lecture proves with the continuity equation. We never
     compute the integral: we regress onto one z at a time, and yet learn the mean over all z.
 
-    For t < 1, every z can lead to every x. So the loss cannot reach 0 if any label (or ∅, if it
+    For t < 1, every z can lead to every x. So the loss cannot reach 0 if a label (or ∅, if it
     is used) has two distinct z. Its minimum is E ‖v - m‖², averaged over x, t and y. Dropping
     labels makes the loss (1 - p_drop) times that with y plus p_drop times that with ∅.
     """
@@ -135,15 +135,16 @@ def guided_velocity(model, x, t, y, w):
     as closely as they should. We therefore turn up the influence of y by hand, with w > 1. (Ho
     & Salimans 2022, arXiv 2207.12598, define w differently: theirs is our w - 1.)
 
-    In which direction does guidance push x? On the straight path, for 0 < t < 1,
+    In which direction does guidance push x? On the straight path, for 0 < t < 1, each field is
+    x/t + (1-t)/t ∇ log p, where p is p_t(x|y) or p_t(x) (see the README). By Bayes' rule, then,
 
         u_t(x|y) - u_t(x) = (1-t)/t ∇ log p_t(y|x)
 
     where p_t(y|x) is the probability that a noisy point x has the label y, and ∇ is taken with
-    respect to x (the README has the proof). So guidance follows the gradient of a classifier
-    that nobody had to train: it moves x towards what distinguishes y from the other labels, not
-    towards the middle of the data with label y. For w > 1, samples crowd together, far from the
-    data with other labels. They lose variety and may overshoot the data of y, as in the demo.
+    respect to x. Guidance follows the gradient of a classifier that nobody had to train: it
+    moves x towards what distinguishes y from other labels, not towards the middle of its data.
+    With w > 1, samples tend to crowd together, far from data with other labels. They lose
+    variety and may overshoot, as in the demo.
     """
     if w == 1:
         return model(x, t, y)                               # ∅ is not needed
@@ -204,8 +205,8 @@ class ConditionEmbedding(nn.Module):
             f't and y must both be (B,), got {tuple(t.shape)} and {tuple(y.shape)}')
         angles = t[:, None] * self.frequencies                          # (B, dim/2)
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)          # (B, dim)
-        # Blocks apply a linear layer to c. Given a plain sum of time and label, it could give
-        # only a term in t plus one in y. After a SiLU, the effect of y can depend on t.
+        # Blocks apply a linear layer to c. Given a plain sum of time and label, it could
+        # produce only a term in t plus one in y. After a SiLU, the effect of y can depend on t.
         return F.silu(self.time(waves) + self.label(y))                 # c, (B, dim)
 
 

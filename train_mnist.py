@@ -162,7 +162,7 @@ def check_data(model, data):
 
 def report(step, losses, batch_size, start):
     """Print the progress of training at the first step and at every fiftieth."""
-    if step == 1 or step % 50 == 0:                     # rarely: each reading waits for the GPU
+    if step == 1 or step % 50 == 0:                     # rarely: each time, we wait for the GPU
         total, loss = len(losses), losses[max(0, step - 50):step].mean().item()
         assert math.isfinite(loss), f'the loss is {loss}: try a lower learning rate'
         seconds = (time.perf_counter() - start) / step                      # per step
@@ -328,10 +328,10 @@ def read_options(argv):
     option('--latent', action='store_true', help='train a VAE first, then the flow on its latents')
     option('--epochs', type=int, help=f'default: {epochs}')
     option('--batch-size', type=int, default=BATCH_SIZE, help='for the flow; default: %(default)s')
-    option('--lr', type=float, default=PEAK, help='highest learning rate; default: %(default)s')
+    option('--lr', type=float, default=PEAK, help='peak rate for the flow; default: %(default)s')
     option('--guidance', type=float, nargs='+', default=[0, 1, 2, 4], help='w; default: 0 1 2 4')
     option('--steps', type=int, default=50, help='Euler steps per drawing; default: %(default)s')
-    option('--prompt', metavar='DIGITS', help='draw these; --model, --latent, --out as trained')
+    option('--prompt', metavar='DIGITS', help='draw these; --model, --latent, --out as in training')
     option('--seed', type=int, default=0, help='for all random numbers; default: %(default)s')
     option('--device', default=device, help='default on this machine: %(default)s')
     option('--data', default=f'{here}/data/mnist.npz', help='default: the data beside this script')

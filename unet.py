@@ -7,11 +7,10 @@ each halving, a pixel covers twice as many rows and columns of the image, so the
 convolution reaches twice as far. At the bottom, only 4x4 pixels are left. Each of them sees the
 whole image, and its 128 channels say what the image shows. The decoder then restores the size.
 
-Halving loses detail: the exact position of each stroke and the noise in each pixel, which is
-part of the target z - ε. The skip connections restore this detail. At each level, a decoder
-block gets the features from below, concatenated with those of the encoder block at the same
-level, and reduces them to as many channels as the level above has. Here are the default shapes.
-Read the left column downwards, then the right column upwards:
+Halving loses detail: the exact position of each stroke and the noise in each pixel, a part of
+the target z - ε. The skip connections restore it. At each level, the decoder block gets the
+features from below, concatenated with those of the encoder block, and returns as many channels
+as the encoder block was given. Here are the default shapes, first down, then up:
 
     encoder                                          decoder
     x             (1, 32, 32)                        u             (1, 32, 32)
@@ -86,7 +85,7 @@ class UNet(nn.Module):
         super().__init__()
         self.shape = tuple(shape)                                   # of one image
         self.null_label = num_classes                               # ∅
-        cond_dim = 2 * widths[-1]                  # as long as the bottleneck's scale and shift
+        cond_dim = 2 * widths[-1]                 # the length of the bottleneck's scale and shift
         self.condition = ConditionEmbedding(cond_dim, num_classes)
         self.first = nn.Conv2d(shape[0], widths[0], 3, padding=1)
 
