@@ -142,9 +142,9 @@ class DiT(nn.Module):
         self.register_buffer('position', position_embedding(H // patch, W // patch, dim))
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
 
-        # With zeros in `last`, a new network predicts u = 0, and no gradient gets past `last`:
-        # in step 1, nothing else learns. In step 2, `last_modulation`, the gates and, past the
-        # closed gates, `first` learn too. Then the gates are open: from step 3 on, all learn.
+        # With zeros in `last`, a new network predicts u = 0 and stops gradients: in step 1,
+        # only `last` learns. In step 2, they reach `last_modulation`, the gates and, by the
+        # shortcuts, `first`, but nothing behind a closed gate. From step 3 on, they reach all.
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = nn.Linear(dim, 2 * dim)
         self.last = nn.Linear(dim, C * patch * patch)

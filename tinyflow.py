@@ -101,13 +101,13 @@ def cfm_loss(model, z, y, p_drop=0.1):
         p(z|x, y) = p_t(x|z) p_data(z|y) / p_t(x|y)
         m         = ∫ u_t^target(x|z) p(z|x, y) dz
 
-    So m is u_t^target(x|y), the marginal field: z has been averaged out. This field carries
-    p_init to p_data(·|y), as an earlier lecture proves with the continuity equation. We never
+    This integral is the definition of u_t^target(x|y), the marginal field. An earlier lecture
+    proves, with the continuity equation, that it carries p_init to p_data(·|y). We never
     compute the integral: we regress onto one z at a time, and yet learn the mean over all z.
 
-    For t < 1, every z can lead to every x. So the loss cannot reach 0 if a label (or ∅, if it
-    is used) has two distinct z. Its minimum is E ‖v - m‖², averaged over x, t and y. Dropping
-    labels makes the loss (1 - p_drop) times that with y plus p_drop times that with ∅.
+    For t < 1, every z can lead to every x, at its own velocity. So the loss cannot reach 0 if a
+    label (or ∅, if used) has several z. Its minimum is E ‖v - m‖², averaged over x, t and y.
+    With dropped labels, it is (1 - p_drop) times that with y plus p_drop times that with ∅.
     """
     assert z.is_floating_point() and z.shape[1:] == tuple(model.shape), (
         f'z must be float of shape (B, *{tuple(model.shape)}), not {z.dtype} {tuple(z.shape)}')
@@ -135,8 +135,8 @@ def guided_velocity(model, x, t, y, w):
     as closely as they should. We therefore turn up the influence of y by hand, with w > 1. (Ho
     & Salimans 2022, arXiv 2207.12598, define w differently: theirs is our w - 1.)
 
-    In which direction does guidance push x? On the straight path, for 0 < t < 1, each field is
-    x/t + (1-t)/t ∇ log p, where p is p_t(x|y) or p_t(x) (see the README). By Bayes' rule, then,
+    In which direction does guidance push x? On the straight path, for 0 < t < 1, the exact
+    fields are x/t + (1-t)/t ∇ log p, with p = p_t(x|y) or p_t(x) (see README). By Bayes' rule,
 
         u_t(x|y) - u_t(x) = (1-t)/t ∇ log p_t(y|x)
 
@@ -163,7 +163,7 @@ def euler(velocity, x, steps):
 
     Why are many steps needed, if the curve of each pair (z, ε) is a straight line? X_t does not
     follow the line of one pair, but the mean velocity of many pairs, whose weights change along
-    the way. So its curve bends. For a smooth field, doubling the step count halves the error.
+    the way. So its curve bends. For a smooth field, doubling the steps about halves the error.
     """
     assert steps >= 1, f'Euler needs at least one step, got {steps}'
     states = [x]

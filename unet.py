@@ -7,8 +7,8 @@ each halving, a pixel covers twice as many rows and columns of the image, so the
 convolution reaches twice as far. At the bottom, only 4x4 pixels are left. Each of them sees the
 whole image, and its 128 channels say what the image shows. The decoder then restores the size.
 
-Halving loses detail: the exact position of each stroke and the noise in each pixel, a part of
-the target z - ε. The skip connections restore it. At each level, the decoder block gets the
+Halving loses detail: the exact position of each stroke and the noise in each pixel (part of the
+target z - ε). The skip connections restore it. At each level, the decoder block gets the
 features from below, concatenated with those of the encoder block, and returns as many channels
 as the encoder block was given. Here are the default shapes, first down, then up:
 
