@@ -144,7 +144,7 @@ class DiT(nn.Module):
 
         # With zeros in `last`, a new network predicts u = 0 and stops gradients: in step 1,
         # only `last` learns. In step 2, they reach `last_modulation`, the gates and, by the
-        # shortcuts, `first`, but nothing behind a closed gate. From step 3 on, they reach all.
+        # shortcuts, `first`; closed gates and zeros block the rest. In step 3, they reach all.
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = nn.Linear(dim, 2 * dim)
         self.last = nn.Linear(dim, C * patch * patch)

@@ -142,7 +142,7 @@ def guided_velocity(model, x, t, y, w):
 
     where p_t(y|x) is the probability that a noisy point x has the label y, and ∇ is taken with
     respect to x. Guidance follows the gradient of a classifier that nobody had to train: it
-    moves x towards what distinguishes y from other labels, not towards the middle of its data.
+    moves x towards what distinguishes y from other labels, not towards the middle of y's data.
     With w > 1, samples tend to crowd together, far from data with other labels. They lose
     variety and may overshoot, as in the demo.
     """

@@ -53,14 +53,14 @@ def vae_loss(vae, x, beta):
     KL(q(z|x) ‖ p(z)) of the images, pulls each q(z|x) towards the prior p(z) = N(0, I). If
     p(x|z) = N(D(z), ½ beta I), then -log p(x|z) is ‖x - D(z)‖² / beta plus a constant. So
     loss · d / beta is, on average, a constant minus the ELBO: the mean of log p(x|z) minus the
-    KL, an evidence lower bound on log p(x). (In β-VAEs, Higgins et al. 2017, β is beta / 2.)
+    KL, an evidence lower bound on log p(x). (beta acts like β in β-VAEs, Higgins et al. 2017.)
 
     An ordinary VAE generates from p(z), but here a flow learns the distribution of latents. So
     what is the KL good for? First, mse alone gains nothing from noise, so it would shrink each
     cloud to a point. The -log σ² term of the KL prevents that. The decoder then learns to turn
     every point of a cloud into nearly the same image, so it tolerates small errors in the flow.
     Second, the decoder can undo any scaling of z, so the KL alone picks the scale: the one at
-    which z has mean square 1, as noise has. (Two epochs reach 0.97. The README has the proofs.)
+    which z, like noise, has mean square 1. (Two epochs reach 0.97. The README has the proofs.)
 
     But beta must be small: we use 1e-3. With a large beta, different images would share
     latents, so the decoder would output their average, which no flow can sharpen.
