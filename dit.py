@@ -100,8 +100,9 @@ class DiTBlock(nn.Module):
     Layer normalisation gives the entries of each token mean 0 and standard deviation 1. Usually
     a learned scale and shift follow. Here they are adaptive (adaLN): c supplies them, so they
     depend on t and y. c also supplies a gate, which multiplies what is added to h. Attention
-    and the MLP each have a scale, a shift and a gate. All six start at 0 (adaLN-Zero), so a new
-    block is the identity, which lets signals and gradients pass through a deep stack.
+    and the MLP each have a scale, a shift and a gate. All six start at 0 (adaLN-Zero). With
+    gates of 0, a new block is the identity, so signals and gradients pass a deep stack
+    unchanged.
     """
 
     def __init__(self, dim, heads):
@@ -142,9 +143,9 @@ class DiT(nn.Module):
         self.register_buffer('position', position_embedding(H // patch, W // patch, dim))
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
 
-        # With zeros in `last`, a new network predicts u = 0 and stops gradients: in step 1,
-        # only `last` learns. In step 2, they reach `last_modulation`, the gates and, by the
-        # shortcuts, `first`; closed gates and zeros block the rest. In step 3, they reach all.
+        # `last` starts at 0, so a new network predicts u = 0. In step 1, only `last` learns.
+        # Then gradients pass it and train `last_modulation`, the gates and `first` (by
+        # h = h + …). From step 3 on, with the gates open, they reach every layer.
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = nn.Linear(dim, 2 * dim)
         self.last = nn.Linear(dim, C * patch * patch)

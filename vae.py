@@ -51,9 +51,9 @@ def vae_loss(vae, x, beta):
 
     `mse`, the mean squared error, penalises poor reconstructions. `kl`, the mean
     KL(q(z|x) ‖ p(z)) of the images, pulls each q(z|x) towards the prior p(z) = N(0, I). If
-    p(x|z) = N(D(z), ½ beta I), then -log p(x|z) is ‖x - D(z)‖² / beta plus a constant. So
-    loss · d / beta is, on average, a constant minus the ELBO: the mean of log p(x|z) minus the
-    KL, an evidence lower bound on log p(x). (beta acts like β in β-VAEs, Higgins et al. 2017.)
+    p(x|z) = N(D(z), ½ beta I), then -log p(x|z) is ‖x - D(z)‖² / beta + constant. So the mean
+    of log p(x|z) - KL is a constant minus loss · d / beta. It is at most log p(x), so it is
+    called the evidence lower bound (ELBO). (beta acts like β in β-VAEs, Higgins et al. 2017.)
 
     An ordinary VAE generates from p(z), but here a flow learns the distribution of latents. So
     what is the KL good for? First, mse alone gains nothing from noise, so it would shrink each
