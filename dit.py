@@ -101,8 +101,7 @@ class DiTBlock(nn.Module):
     a learned scale and shift follow. Here they are adaptive (adaLN): c supplies them, so they
     depend on t and y. c also supplies a gate, which multiplies what is added to h. Attention
     and the MLP each have a scale, a shift and a gate. All six start at 0 (adaLN-Zero). With
-    gates of 0, a new block is the identity, so signals and gradients pass a deep stack
-    unchanged.
+    gates of 0, a new block is the identity, so signals and gradients pass through unchanged.
     """
 
     def __init__(self, dim, heads):
