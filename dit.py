@@ -99,9 +99,10 @@ class DiTBlock(nn.Module):
 
     Layer normalisation gives the entries of each token mean 0 and standard deviation 1. Usually
     a learned scale and shift follow. Here they are adaptive (adaLN): c supplies them, so they
-    depend on t and y. c also supplies a gate, which multiplies what is added to h. Attention
-    and the MLP each have a scale, a shift and a gate. All six start at 0 (adaLN-Zero). With
-    gates of 0, a new block is the identity, so signals and gradients pass through unchanged.
+    depend on t and y. c also supplies a gate, which multiplies the output of attention or MLP
+    before it is added to h. For both, that makes six, which all start at 0 (adaLN-Zero). With
+    both gates closed, a new block is the identity, so gradients reach the blocks before it
+    unchanged.
     """
 
     def __init__(self, dim, heads):
@@ -142,9 +143,9 @@ class DiT(nn.Module):
         self.register_buffer('position', position_embedding(H // patch, W // patch, dim))
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
 
-        # `last` starts at 0, so a new network predicts u = 0. In step 1, only `last` learns.
-        # Then gradients pass it and train `last_modulation`, the gates and `first` (by
-        # h = h + …). From step 3 on, with the gates open, they reach every layer.
+        # `last` starts at 0, so a new network predicts u = 0. Zeros pass no gradient back, so
+        # in step 1, only `last` learns. The layers before `last`, and those behind closed
+        # gates, follow in steps 2 and 3.
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = nn.Linear(dim, 2 * dim)
         self.last = nn.Linear(dim, C * patch * patch)

@@ -50,17 +50,17 @@ def vae_loss(vae, x, beta):
         loss = mse + beta · kl / d,    d = C·H·W
 
     `mse`, the mean squared error, penalises poor reconstructions. `kl`, the mean
-    KL(q(z|x) ‖ p(z)) of the images, pulls each q(z|x) towards the prior p(z) = N(0, I). If
-    p(x|z) = N(D(z), ½ beta I), then -log p(x|z) is ‖x - D(z)‖² / beta + constant. So the mean
-    of log p(x|z) - KL is a constant minus loss · d / beta. It is at most log p(x), so it is
-    called the evidence lower bound (ELBO). (beta acts like β in β-VAEs, Higgins et al. 2017.)
+    KL(q(z|x) ‖ p(z)) of the images, pulls each q(z|x) towards the prior p(z) = N(0, I). The
+    README derives this loss from the evidence lower bound (ELBO), a lower bound on log p(x) for
+    a model that samples z ~ p(z) and then x ~ N(D(z), ½ beta I). (beta acts like β in β-VAEs,
+    Higgins et al. 2017.)
 
     An ordinary VAE generates from p(z), but here a flow learns the distribution of latents. So
-    what is the KL good for? First, mse alone gains nothing from noise, so it would shrink each
-    cloud to a point. The -log σ² term of the KL prevents that. The decoder then learns to turn
-    every point of a cloud into nearly the same image, so it tolerates small errors in the flow.
-    Second, the decoder can undo any scaling of z, so the KL alone picks the scale: the one at
-    which z, like noise, has mean square 1. (Two epochs reach 0.97. The README has the proofs.)
+    what is the KL good for? First, noise in z only makes mse worse, so mse alone would shrink
+    each cloud to a point. The -log σ² term of the KL prevents that. The decoder then learns to
+    turn every point of a cloud into nearly the same image, so it tolerates small errors in the
+    flow. Second, the decoder can undo any scaling of z, so the KL alone picks the scale: the
+    one at which z, like noise, has mean square 1. (We reach 0.97. The README has the proof.)
 
     But beta must be small: we use 1e-3. With a large beta, different images would share
     latents, so the decoder would output their average, which no flow can sharpen.
