@@ -99,10 +99,9 @@ class DiTBlock(nn.Module):
 
     Layer normalisation gives the entries of each token mean 0 and standard deviation 1. Usually
     a learned scale and shift follow. Here they are adaptive (adaLN): c supplies them, so they
-    depend on t and y. c also supplies a gate, which multiplies the output of attention or MLP
-    before it is added to h. For both, that makes six, which all start at 0 (adaLN-Zero). With
-    both gates closed, a new block is the identity, so gradients reach the blocks before it
-    unchanged.
+    depend on t and y. c also supplies a gate, which multiplies what is added to h. Attention
+    and the MLP each have a scale, which enters as 1 + scale, a shift and a gate. All six start
+    at 0 (adaLN-Zero). With both gates closed, a new block is the identity, for gradients too.
     """
 
     def __init__(self, dim, heads):
@@ -143,9 +142,9 @@ class DiT(nn.Module):
         self.register_buffer('position', position_embedding(H // patch, W // patch, dim))
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
 
-        # `last` starts at 0, so a new network predicts u = 0. Zeros pass no gradient back, so
-        # in step 1, only `last` learns. The layers before `last`, and those behind closed
-        # gates, follow in steps 2 and 3.
+        # `last` starts at 0, so a new network predicts u = 0. A layer of zeros learns, but
+        # passes no gradient back. So in step 1, only `last` learns. All others follow by step
+        # 3.
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = nn.Linear(dim, 2 * dim)
         self.last = nn.Linear(dim, C * patch * patch)

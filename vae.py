@@ -11,8 +11,8 @@ diffusion, Rombach et al. 2021, arXiv 2112.10752). As in part 2.3, x is an image
 
 A (4, 8, 8) latent has 256 numbers, while a (1, 32, 32) image has 1,024. A variational
 autoencoder (Kingma & Welling 2013, arXiv 1312.6114) maps an image not to one latent but to a
-small cloud of latents. For each number in z, the encoder outputs a mean and logvar = log σ², a
-log-variance. Then z is sampled from q(z|x) = N(mean, σ²), each number independently.
+small cloud of latents. For each number in z, the encoder outputs a mean and a log-variance,
+logvar = log σ². Then z is sampled from q(z|x) = N(mean, σ²), each number independently.
 
 `train_vae` in train_mnist.py freezes the trained VAE. If the flow's loss could train the
 encoder, that loss would be lowest with all latents at one point z. Then X_t = t z + (1-t) ε
@@ -35,7 +35,7 @@ def reparameterize(mean, logvar):
 
 
 def kl_divergence(mean, logvar):
-    """KL(N(mean, σ²) ‖ N(0, 1)) = ½ (mean² + σ² - 1 - log σ²), summed over each latent: (B,).
+    """KL(N(mean, σ²) ‖ N(0, 1)) = ½ (mean² + σ² - 1 - log σ²), summed within each latent: (B,).
 
     The Kullback-Leibler divergence KL(q ‖ p) is the mean of log q - log p under q. It measures
     how far q is from p: it is never negative, and it is 0 only if q = p.
@@ -49,10 +49,10 @@ def vae_loss(vae, x, beta):
 
         loss = mse + beta · kl / d,    d = C·H·W
 
-    `mse`, the mean squared error, penalises poor reconstructions. `kl`, the mean
-    KL(q(z|x) ‖ p(z)) of the images, pulls each q(z|x) towards the prior p(z) = N(0, I). The
-    README derives this loss from the evidence lower bound (ELBO), a lower bound on log p(x) for
-    a model that samples z ~ p(z) and then x ~ N(D(z), ½ beta I). (beta acts like β in β-VAEs,
+    `mse`, the mean squared error, penalises poor reconstructions. `kl`, KL(q(z|x) ‖ p(z))
+    averaged over the images, pulls each q(z|x) towards the prior p(z) = N(0, I). The README
+    derives this loss from the evidence lower bound (ELBO), a lower bound on log p(x) for a
+    model that samples z ~ p(z) and then x ~ N(D(z), ½ beta I). (beta acts like β in β-VAEs,
     Higgins et al. 2017.)
 
     An ordinary VAE generates from p(z), but here a flow learns the distribution of latents. So
