@@ -100,8 +100,8 @@ class DiTBlock(nn.Module):
     Layer normalisation gives the entries of each token mean 0 and standard deviation 1. Usually
     a learned scale and shift follow. Here they are adaptive (adaLN): c supplies them, so they
     depend on t and y. c also supplies a gate, which multiplies what is added to h. Attention
-    and the MLP each have a scale, which enters as 1 + scale, a shift and a gate. All six start
-    at 0 (adaLN-Zero). With both gates closed, a new block is the identity, for gradients too.
+    and the MLP each have a scale (used as 1 + scale), a shift and a gate. All six start at 0
+    (adaLN-Zero). With gates of 0, a new block passes h on unchanged, and gradients too.
     """
 
     def __init__(self, dim, heads):
@@ -143,8 +143,8 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
 
         # `last` starts at 0, so a new network predicts u = 0. A layer of zeros learns, but
-        # passes no gradient back. So in step 1, only `last` learns. All others follow by step
-        # 3.
+        # passes no gradient back. So at first, only `last` learns. The others follow a step or
+        # two later.
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = nn.Linear(dim, 2 * dim)
         self.last = nn.Linear(dim, C * patch * patch)
