@@ -20,7 +20,7 @@ c = SiLU(MLP(t) + embedding(y)), is injected into every block. This method, call
 (see DiTBlock), worked better in the DiT paper than extra tokens for time and label.
 
 Attention lets any two patches exchange information in one layer, whereas a 3x3 convolution
-reaches only the next pixel. The price is an N x N table of attention scores for N tokens.
+reaches only adjacent pixels. The price is an N x N table of attention scores for N tokens.
 """
 
 import torch
@@ -88,7 +88,7 @@ class SelfAttention(nn.Module):
 
         # Row i of the scores says how well each key matches query i. If the entries of q and k
         # are independent, with mean 0 and variance 1, then q·k has standard deviation √d.
-        # Undivided, scores could drive the softmax to 0 and 1, where its gradient vanishes.
+        # Without / √d, the softmax could saturate at 0 and 1, where its gradient vanishes.
         scores = q @ k.transpose(-2, -1) / d ** 0.5                 # (B, heads, N, N)
         h = scores.softmax(dim=-1) @ v                              # (B, heads, N, d)
         return self.proj(h.transpose(1, 2).reshape(B, N, dim))      # heads side by side
@@ -101,7 +101,7 @@ class DiTBlock(nn.Module):
     a learned scale and shift follow. Here they are adaptive (adaLN): c supplies them, so they
     depend on t and y. c also supplies a gate, which multiplies what is added to h. Attention
     and the MLP each have a scale (used as 1 + scale), a shift and a gate. All six start at 0
-    (adaLN-Zero). With gates of 0, a new block passes h on unchanged, and gradients too.
+    (adaLN-Zero). With gates of 0, a new block passes h forward and its gradient back unchanged.
     """
 
     def __init__(self, dim, heads):
@@ -138,13 +138,12 @@ class DiT(nn.Module):
         self.first = nn.Linear(C * patch * patch, dim)
 
         # Attention does not know where a token is: given shuffled tokens, it returns the same
-        # results, shuffled. So we add positions. They are saved as a buffer, but not trained.
+        # results, shuffled. So we add positions. As a buffer, they are saved but not trained.
         self.register_buffer('position', position_embedding(H // patch, W // patch, dim))
         self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
 
-        # `last` starts at 0, so a new network predicts u = 0. A layer of zeros learns, but
-        # passes no gradient back. So at first, only `last` learns. The others follow a step or
-        # two later.
+        # `last` starts at 0, so a new network predicts u = 0. Zero weights get a gradient, but
+        # pass none back. So only `last` learns at first. The others follow a step or two later.
         self.last_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last_modulation = nn.Linear(dim, 2 * dim)
         self.last = nn.Linear(dim, C * patch * patch)
