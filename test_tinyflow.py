@@ -143,9 +143,9 @@ def test_the_marginal_field_is_the_mean_target_over_all_z_that_lead_to_x(point, 
 
 
 def test_the_exact_field_has_the_lowest_loss_which_is_the_variance_of_the_target():
-    # z - ε = (z - x) / (1-t), and precisions add: 1 / var(z | x, y) = 1/s² + t² / (1-t)². So
-    # var(z - ε | x, t, y) = s² / v in each coordinate. With r = t / (1-t), dr = dt / (1-t)², its
-    # integral over t is ∫ s² / (1 + s² r²) dr from 0 to ∞, and s arctan(s r) goes from 0 to πs/2.
+    # Given x and y, z is Gaussian with 1/var = 1/s² + t²/(1-t)². So z - ε = (z - x) / (1-t) has
+    # variance s² / v per coordinate. The loss is its mean over t. With r = t / (1-t), it is
+    # ∫ s² / (1 + s² r²) dr from 0 to ∞, and s arctan(s r) goes from 0 to πs/2.
     for offset in (-0.3, 0.0, 0.3):
         field = Field(lambda x, t, y: exact_field(x, t, y) + offset)
         loss = cfm_loss(field, *sample_data(100_000), p_drop=0.0).item()
@@ -490,8 +490,8 @@ class LinearVAE:
 
 @pytest.mark.parametrize('shift', [0.0, 0.3])
 def test_the_elbo_is_the_log_evidence_minus_the_kl_to_the_posterior(shift):
-    # All terms are per number. By step 3 of the README's second derivation, beta = 2 s² and
-    # ELBO / d = -loss / beta - ½ log(2π s²). The decoder's s is 0.6.
+    # Per number, log p(x|z) = -(x - D(z))² / (2 s²) - ½ log(2π s²), with s = 0.6. The ELBO is its
+    # mean minus KL(q(z|x) ‖ p(z)). With beta = 2 s², that is -loss / beta - ½ log(π beta).
     x, beta = torch.randn(50_000, 4), 2 * 0.6 ** 2
     loss, _, _ = vae_loss(LinearVAE(shift), x, beta)
     elbo = -loss / beta - math.log(math.pi * beta) / 2
@@ -661,12 +661,12 @@ def test_each_epoch_shows_all_images_with_their_labels_in_a_new_order(monkeypatc
 
 
 def test_gradients_with_a_norm_above_1_are_clipped_to_norm_1(monkeypatch):
-    # Plain gradient descent takes Adam's place, so a step moves the weights by the learning rate
-    # times the gradient. The loss is multiplied by 1,000, so that all norms are above 1.
+    # With SGD in Adam's place, a step moves the weights by the learning rate times the gradient.
+    # The loss is multiplied by 1,000, so all norms are above 1. All 60 images are one batch.
     monkeypatch.setattr(torch.optim, 'Adam', torch.optim.SGD)
     monkeypatch.setattr(train_mnist, 'cfm_loss', lambda *parts: 1000 * cfm_loss(*parts))
     model, vector = small_colour_unet(), nn.utils.parameters_to_vector
-    states = [vector(model.parameters()).detach()]          # then after each epoch, of one step
+    states = [vector(model.parameters()).detach()]          # at first, then after each step
     train_mnist.train(model, colours(60), epochs=40, peak=0.1,
                       after_epoch=lambda *_: states.append(vector(model.parameters()).detach()))
     moves = torch.stack(states).diff(dim=0).norm(dim=1)
@@ -780,7 +780,7 @@ def trained(run, digits):
 
 
 def redrawn(folder, name, y, w):
-    """Two pictures: what `run` should draw from a checkpoint for y at scale w, and its noise."""
+    """What `run` should draw from a checkpoint for y at scale w, as two pictures: X_1 and X_0."""
     model, vae = train_mnist.load_checkpoint(folder / f'{name}.pt', 'cpu')
     noise = torch.randn(len(y), *model.shape, generator=torch.Generator().manual_seed(0))
     x = sample(model, torch.tensor(y), w=w, steps=2, noise=noise)
@@ -797,13 +797,13 @@ def test_the_network_that_comes_with_the_code_draws_digits(prompt_of_the_readme)
 
 
 @pytest.mark.parametrize('name', SMALL_BUILDS)
-def test_pictures_of_epochs_and_prompts_have_a_row_for_each_w_and_paths_use_w_2(name, trained):
+def test_pictures_of_epochs_and_prompts_have_a_row_for_each_w_and_paths_have_w_2(name, trained):
     first, last, prompt, path = [images_in(trained / f'{name}_{file}.png')
                                  for file in ('epoch1', 'epoch2', 'prompt', 'path')]
     for picture, y in [(last, range(10)), (prompt, [2, 7, 1])]:
         rows = np.stack([redrawn(trained, name, y, w)[0] for w in (0, 1, 2, 4)])
         assert same_picture(picture, rows)
-        # The rows w = 1 and w = 2 differ. (With latents, the VAE is too crude after so few steps.)
+        # A wrong w would show. (Not with latents: so new a VAE draws nearly the same for all w.)
         assert 'latent' in name or not same_picture(rows[1], rows[2])
     assert first.shape == last.shape and first.std() > 5 and (first != last).any()
 
