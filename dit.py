@@ -1,9 +1,9 @@
 """The DiT: part 2.2 of the lecture (Peebles & Xie 2022, arXiv 2212.09748).
 
-The DiT, or diffusion transformer, cuts the image into patches that do not overlap, and a linear
-layer turns each patch into a vector, called a token, as in the Vision Transformer (ViT,
-Dosovitskiy et al. 2020, arXiv 2010.11929). From then on, tokens exchange information through
-self-attention alone, without convolutions. These are the shapes (c encodes time and label):
+The DiT, or diffusion transformer, cuts the image into non-overlapping patches, and a linear
+layer turns each into a vector, called a token, as in the Vision Transformer (ViT, Dosovitskiy
+et al. 2020, arXiv 2010.11929). From then on, tokens exchange information through self-attention
+alone, without convolutions. By default, the shapes are (c encodes time and label):
 
     x (1, 32, 32)
     ↓ patchify                            64 patches of 4x4 pixels (64, 16)
@@ -88,7 +88,7 @@ class SelfAttention(nn.Module):
 
         # Row i of the scores says how well each key matches query i. If the entries of q and k
         # are independent, with mean 0 and variance 1, then q·k has standard deviation √d.
-        # Without / √d, the softmax could saturate at 0 and 1, where its gradient vanishes.
+        # Unscaled scores could saturate the softmax at 0 and 1, where its gradient vanishes.
         scores = q @ k.transpose(-2, -1) / d ** 0.5                 # (B, heads, N, N)
         h = scores.softmax(dim=-1) @ v                              # (B, heads, N, d)
         return self.proj(h.transpose(1, 2).reshape(B, N, dim))      # heads side by side

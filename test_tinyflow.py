@@ -725,8 +725,8 @@ def test_a_loss_that_is_not_finite_stops_training_before_anything_is_saved(batch
 
 
 def test_a_trained_vae_is_frozen_and_its_digits_resemble_the_originals(digits, tmp_path):
-    data = _, _, x_test, _ = train_mnist.load_mnist(digits)
-    vae = train_mnist.train_vae(data, epochs=16)
+    data = train_mnist.load_mnist(digits)
+    vae, x_test = train_mnist.train_vae(data, epochs=16), data[2]
     assert not any(parameter.requires_grad for parameter in vae.parameters())
     train_mnist.draw_reconstructions(tmp_path / 'v.png', vae, x_test[:10])
     above, below = images_in(tmp_path / 'v.png')

@@ -87,9 +87,9 @@ def cfm_loss(model, z, y, p_drop=0.1):
         L_CFM^guided(θ) = E ‖u_t^θ(x, y) - u_t^target(x|z)‖²
         over (z, y) ~ p_data, t ~ Unif, x ~ p_t(·|z)
 
-    We want the field u_t^target(x|y), but we regress onto v = u_t^target(x|z), the velocity for
-    a single z. Why is that enough? Many z could have led to the same x. The network is given
-    only x, t and y, so it cannot know which z it was: to the network, v is random. Let
+    We want the field u_t^target(x|y), but we regress onto v = u_t^target(x|z), the velocity
+    given a single z. Why is that enough? Many z could have led to the same x. The network is
+    given only x, t and y, so it cannot know which z it was: to the network, v is random. Let
     m = E[v | x, t, y] be its mean. For given x, t and y, a prediction u has the error
 
         E ‖u - v‖² = ‖u - m‖² + E ‖v - m‖²
@@ -103,11 +103,12 @@ def cfm_loss(model, z, y, p_drop=0.1):
 
     This integral is the definition of u_t^target(x|y), the marginal field. An earlier lecture
     proves, with the continuity equation, that it carries p_init to p_data(·|y). We never
-    compute the integral: we regress onto one z at a time, and yet learn the mean over all z.
+    compute the integral: we regress onto one velocity at a time, and yet learn their mean.
 
-    For t < 1, every z can lead to every x, at its own velocity. So the loss cannot reach 0 if a
-    label (or ∅, if used) has several z. Its minimum is E ‖v - m‖², averaged over x, t and y.
-    With dropped labels, it is (1 - p_drop) times that with y plus p_drop times that with ∅.
+    For t < 1, any z can lead to any x, with its own velocity. So the loss cannot reach 0 if a
+    label (or ∅, if used) has several z. Its minimum is the mean of E ‖v - m‖² over x, t and y.
+    With dropped labels, the loss is the mean of the losses with y and with ∅, weighted
+    1 - p_drop and p_drop.
     """
     assert z.is_floating_point() and z.shape[1:] == tuple(model.shape), (
         f'z must be float of shape (B, *{tuple(model.shape)}), not {z.dtype} {tuple(z.shape)}')
@@ -135,16 +136,17 @@ def guided_velocity(model, x, t, y, w):
     as closely as they should. We therefore turn up the influence of y by hand, with w > 1. (Ho
     & Salimans 2022, arXiv 2207.12598, define w differently: theirs is our w - 1.)
 
-    In which direction does guidance push x? On the straight path, for 0 < t < 1, the exact
-    fields are x/t + (1-t)/t ∇ log p, with p = p_t(x|y) or p_t(x) (see README). By Bayes' rule,
+    In which direction does guidance push x? On the straight path, for 0 < t < 1, each exact
+    field is x/t plus a multiple of its score, ∇ log p (the README has the proof). In the
+    difference of two fields, x/t cancels, and Bayes' rule gives
 
         u_t(x|y) - u_t(x) = (1-t)/t ∇ log p_t(y|x)
 
     where p_t(y|x) is the probability that a noisy point x has the label y, and ∇ is taken with
-    respect to x. Guidance follows the gradient of a classifier that nobody had to train: it
+    respect to x. So guidance follows the gradient of a classifier that nobody had to train: it
     moves x towards what distinguishes y from other labels, not towards the middle of y's data.
     With w > 1, samples tend to crowd together, far from data with other labels. They lose
-    variety and may overshoot, as in the demo.
+    variety and may overshoot their own data, as in the demo.
     """
     if w == 1:
         return model(x, t, y)                               # ∅ is not needed
@@ -161,9 +163,9 @@ def euler(velocity, x, steps):
     Returns the list of X_t at t = 0, 1/steps, …, 1, each shaped like x, without gradients.
     `velocity` is called with t as a tensor (B,).
 
-    Why are many steps needed, if the curve of each pair (z, ε) is a straight line? X_t does not
-    follow the line of one pair, but the mean velocity of many pairs, whose weights change along
-    the way. So its curve bends. For a smooth field, doubling the steps about halves the error.
+    Why take many steps, if the curve of each pair is a straight line? X_t does not follow the
+    line of one pair, but the mean velocity of many pairs, whose weights change along the way,
+    so its curve bends. For a smooth field, twice as many steps about halve the error.
     """
     assert steps >= 1, f'Euler needs at least one step, got {steps}'
     states = [x]

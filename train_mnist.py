@@ -162,7 +162,7 @@ def check_data(model, data):
 
 def report(step, losses, batch_size, start):
     """Print the progress of training at the first step and at every fiftieth."""
-    if step == 1 or step % 50 == 0:                     # rarely: each time, we wait for the GPU
+    if step == 1 or step % 50 == 0:                     # to read a loss, we must wait for the GPU
         total, loss = len(losses), losses[max(0, step - 50):step].mean().item()
         assert math.isfinite(loss), f'the loss is {loss}: try a lower learning rate'
         seconds = (time.perf_counter() - start) / step                      # per step

@@ -8,9 +8,9 @@ convolution reaches twice as far. At the bottom, only 4x4 pixels are left. Each 
 whole image, and its 128 channels say what the image shows. The decoder then restores the size.
 
 Halving loses detail: the exact position of each stroke and the noise in each pixel (part of the
-target z - ε). The skip connections restore it. At each level, the decoder block gets the
-features from below, concatenated with those of the encoder block, and returns as many channels
-as the encoder block was given. Here are the default shapes, first down, then up:
+target z - ε). The skip connections restore this detail. At each level, the decoder block gets
+the features from below, concatenated with the features of the encoder block. Here are the
+default shapes. Read the left column downwards, then the right column upwards:
 
     encoder                                          decoder
     x             (1, 32, 32)                        u             (1, 32, 32)
@@ -66,8 +66,8 @@ class ResidualBlock(nn.Module):
         shortcut = self.shortcut(h)                                 # (B, out_channels, H, W)
         h = self.conv1(F.silu(self.norm1(h)))                       # (B, out_channels, H, W)
 
-        # An affine map injects t and y: c gives each channel a scale and a shift, the same for
-        # all pixels (FiLM, Perez et al. 2017, arXiv 1709.07871). With both 0, only norm2 acts.
+        # An affine map (FiLM, Perez et al. 2017, arXiv 1709.07871) injects t and y: c gives
+        # each channel a scale and a shift. If both are 0, norm2(h) passes unchanged.
         scale, shift = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
         h = (1 + scale) * self.norm2(h) + shift                     # scale: (B, out_channels, 1, 1)
         return shortcut + self.conv2(F.silu(h))                     # (B, out_channels, H, W)

@@ -16,7 +16,7 @@ logvar = log σ². Then z is sampled from q(z|x) = N(mean, σ²), each number in
 
 `train_vae` in train_mnist.py freezes the trained VAE. If the flow's loss could train the
 encoder, that loss would be lowest with all latents at one point z. Then X_t = t z + (1-t) ε
-would give away ε, and so z - ε. The loss would be 0, but z would say nothing about x.
+would give away ε, and with it z - ε. The loss would be 0, but z would say nothing about x.
 """
 
 import torch
@@ -52,15 +52,14 @@ def vae_loss(vae, x, beta):
     `mse`, the mean squared error, penalises poor reconstructions. `kl`, KL(q(z|x) ‖ p(z))
     averaged over the images, pulls each q(z|x) towards the prior p(z) = N(0, I). The README
     derives this loss from the evidence lower bound (ELBO), a lower bound on log p(x) for a
-    model that samples z ~ p(z) and then x ~ N(D(z), ½ beta I). (beta acts like β in β-VAEs,
-    Higgins et al. 2017.)
+    model that samples z ~ p(z) and then x ~ N(D(z), ½ beta I). (beta is not the path's β.)
 
     An ordinary VAE generates from p(z), but here a flow learns the distribution of latents. So
-    what is the KL good for? First, noise in z only makes mse worse, so mse alone would shrink
-    each cloud to a point. The -log σ² term of the KL prevents that. The decoder then learns to
-    turn every point of a cloud into nearly the same image, so it tolerates small errors in the
-    flow. Second, the decoder can undo any scaling of z, so the KL alone picks the scale: the
-    one at which z, like noise, has mean square 1. (We reach 0.97. The README has the proof.)
+    what is the KL for? First, noise in z only makes mse worse, so mse alone would shrink each
+    cloud to a point. The -log σ² in the KL prevents that. The decoder then learns to turn every
+    point of a cloud into nearly the same image, so it tolerates small errors in the flow.
+    Second, the decoder can undo any scaling of z, so the KL alone picks the scale at which z,
+    like noise, has mean square 1. (After two epochs, it is 0.97. The README has the proof.)
 
     But beta must be small: we use 1e-3. With a large beta, different images would share
     latents, so the decoder would output their average, which no flow can sharpen.
@@ -75,8 +74,8 @@ def vae_loss(vae, x, beta):
 class VAE(nn.Module):
     """Encodes images (B, C, H, W) in [-1, 1] as clouds of latents, and decodes latents.
 
-    `width` is the number of channels at half the image size. For a flow on latents (B,
-    latent_channels, H/4, W/4), build the flow's network with shape=vae.latent_shape.
+    `width` is the number of channels at half the image size. For a flow on latents, build the
+    network with shape=vae.latent_shape.
     """
 
     def __init__(self, shape=(1, 32, 32), latent_channels=4, width=32):
